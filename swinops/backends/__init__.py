@@ -1,0 +1,55 @@
+"""Which module runs a call, and why another cannot.
+
+A backend is a module with the reference's functions and signatures, and ``why_not(x, op)``: its reason, in a sentence, for not
+running ``op`` on a tensor like ``x``, or None.
+"""
+
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+# fastest first
+MODULES = {"cuda": "swinops.backends.cuda", "triton": "swinops.kernels", "reference": "swinops.reference"}
+
+
+def module(name: str) -> ModuleType:
+    if name not in MODULES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, MODULES))}, got {name!r}")
+    return importlib.import_module(MODULES[name])
+
+
+def why_not(name: str, x: Tensor, op: str) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on tensors like ``x``, in a sentence; None where it can."""
+    try:
+        backend = module(name)
+    except ImportError as error:
+        return f"{MODULES[name]} cannot be imported ({error})"
+    reason: str | None = backend.why_not(x, op)
+    return reason
+
+
+def resolve(name: str, x: Tensor, op: str) -> ModuleType:
+    """The module that runs ``op`` on ``x``: the one asked for, or for ``"auto"`` the fastest that can.
+
+    Raises:
+        RuntimeError: with every reason, where the backend asked for cannot run, or no kernel can run on a CUDA tensor.
+    """
+    if name != "auto":
+        reason = why_not(name, x, op)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}")
+        return module(name)
+    if x.device.type != "cuda":
+        return module("reference")
+    reasons = []
+    for kernel in MODULES:
+        if kernel != "reference":
+            reason = why_not(kernel, x, op)
+            if reason is None:
+                return module(kernel)
+            reasons.append(f"{kernel}: {reason}")
+    raise RuntimeError(
+        f"no kernel can run {op} on this CUDA tensor ({'; '.join(reasons)}); "
+        'backend="reference" runs it in plain PyTorch'
+    )

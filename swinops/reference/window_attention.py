@@ -1,0 +1,150 @@
+"""Shifted-window attention (arXiv 2103.14030, section 3.2): the definition.
+
+    out = softmax(scale * q k^T + bias + mask) v      within each window of the shifted image
+
+An image whose size the window does not divide is padded. Pad tokens are keys that nobody masks, with the key and value ``pad_kv``,
+and never queries. The mask adds ``mask_value`` between tokens that were not neighbours before the shift; its regions are counted on
+the padded image.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swinops.reference.cyclic_shift import window_merge, window_partition
+
+
+def padded_size(size: Sequence[int], window: Sequence[int]) -> list[int]:
+    return [-(-n // w) * w for n, w in zip(size, window, strict=True)]
+
+
+def to_windows(x: Tensor, fill: Tensor | None, window: Sequence[int], shift: Sequence[int], pad_order: str) -> Tensor:
+    """[B, *space, heads, head_dim] -> [B * nW, heads, N, head_dim], the pad tokens ``fill`` [heads, head_dim] or zero."""
+    space = x.shape[1:-2]
+    fill = x.new_zeros(x.shape[-2:]) if fill is None else fill.to(x.dtype)
+    if pad_order == "roll_pad":
+        x = torch.roll(x, [-s for s in shift], list(range(1, 1 + len(space))))
+        shift = [0] * len(shift)
+    for axis, (size, padded) in enumerate(zip(space, padded_size(space, window), strict=True), start=1):
+        if padded > size:
+            x = torch.cat([x, fill.expand(*x.shape[:axis], padded - size, *x.shape[axis + 1 :])], axis)
+    windows = window_partition(x.flatten(-2), window, shift)
+    return windows.reshape(windows.shape[0], -1, *x.shape[-2:]).transpose(1, 2)
+
+
+def from_windows(
+    x: Tensor, space: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
+) -> tuple[Tensor, Tensor]:
+    """[B * nW, heads, N, head_dim] -> the image's tokens [B, *space, heads, head_dim], and the sum over the pads [heads, head_dim]."""
+    heads, head_dim = x.shape[1], x.shape[-1]
+    windows = x.transpose(1, 2).reshape(x.shape[0], *window, heads * head_dim)
+    padded = window_merge(windows, padded_size(space, window), shift if pad_order == "pad_roll" else [0] * len(shift))
+    inside = (slice(None), *[slice(n) for n in space])
+    image = padded[inside]
+    if pad_order == "roll_pad":
+        image = torch.roll(image, list(shift), list(range(1, 1 + len(space))))
+    pads = padded.clone()
+    pads[inside] = 0
+    return image.unflatten(-1, (heads, head_dim)).contiguous(), pads.flatten(0, -2).sum(0).view(heads, head_dim)
+
+
+def shift_mask(
+    space: Sequence[int], window: Sequence[int], shift: Sequence[int], value: float, device: torch.device
+) -> Tensor:
+    """``value`` where two tokens of a window were not neighbours before the shift, 0 elsewhere. [nW, N, N]"""
+    region = torch.zeros(1, *padded_size(space, window), 1, device=device, dtype=torch.int64)
+    for axis, (w, s) in enumerate(zip(window, shift, strict=True), start=1):
+        size = region.shape[axis]
+        position = torch.arange(size, device=device)
+        # the slices (0, -w), (-w, -s), (-s, None); without a shift the whole axis is one region
+        axis_region = (position >= size - w).long() + (position >= size - s).long() if s else torch.zeros_like(position)
+        region = region * 3 + axis_region.view([-1 if a == axis else 1 for a in range(region.dim())])
+    windows = window_partition(region, window, [0] * len(shift)).flatten(1)
+    return torch.where(windows[:, :, None] != windows[:, None, :], value, 0.0)
+
+
+def probabilities(
+    q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Probabilities [B * nW, heads, N, N] and log-sum-exp [B * nW, heads, N, 1], in fp32 at least, from windows of q and k."""
+    scores = (q * scale) @ k.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = (scores.unflatten(0, (-1 if len(scores) else 0, len(mask))) + mask[:, None]).flatten(0, 1)
+    return scores.softmax(-1).to(scores.dtype), scores.logsumexp(-1, keepdim=True)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+) -> tuple[Tensor, Tensor]:
+    """[B, *space, heads, head_dim] three times -> out of the same shape, and the log-sum-exp [B, *space, heads]."""
+    space = q.shape[1:-2]
+    pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
+    qw, kw, vw = (
+        to_windows(x, fill, window, shift, pad_order) for x, fill in ((q, None), (k, pad_k), (v, pad_v))
+    )
+    mask = shift_mask(space, window, shift, mask_value, q.device) if any(shift) else None
+    p, lse = probabilities(qw, kw, bias, mask, scale)
+    out, _ = from_windows(p.to(v.dtype) @ vw, space, window, shift, pad_order)
+    lse, _ = from_windows(lse, space, window, shift, pad_order)
+    return out, lse.squeeze(-1)
+
+
+def window_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    dpad_kv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+) -> None:
+    """Fill the gradients from the explicit formula (``out`` and ``lse`` are what kernels need; the formula recomputes them).
+
+    dv = p^T dout,  dp = dout v^T,  ds = p * (dp - sum_j p dp),  dq = scale * ds k,  dk = scale * ds^T q,  dbias = sum over windows of ds
+    """
+    space = q.shape[1:-2]
+    pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
+    qw, kw, vw, dow = (
+        to_windows(x, fill, window, shift, pad_order)
+        for x, fill in ((q, None), (k, pad_k), (v, pad_v), (dout, None))
+    )
+    mask = shift_mask(space, window, shift, mask_value, q.device) if any(shift) else None
+    p, _ = probabilities(qw, kw, bias, mask, scale)
+    dp = (dow @ vw.transpose(-1, -2)).to(p.dtype)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    if dbias is not None:
+        dbias.copy_(ds.sum(0))
+    ds = (ds * scale).to(q.dtype)
+    dq.copy_(from_windows(ds @ kw, space, window, shift, pad_order)[0])
+    for d, dpad, windows in (
+        (dk, 0, ds.transpose(-1, -2) @ qw),
+        (dv, 1, p.to(v.dtype).transpose(-1, -2) @ dow),
+    ):
+        image, pads = from_windows(windows, space, window, shift, pad_order)
+        d.copy_(image)
+        if dpad_kv is not None:
+            dpad_kv[dpad] = pads
