@@ -7,6 +7,7 @@ and never queries. The mask adds ``mask_value`` between tokens that were not nei
 the padded image.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def to_windows(x: Tensor, fill: Tensor | None, window: Sequence[int], shift: Seq
         if padded > size:
             x = torch.cat([x, fill.expand(*x.shape[:axis], padded - size, *x.shape[axis + 1 :])], axis)
     windows = window_partition(x.flatten(-2), window, shift)
-    return windows.reshape(windows.shape[0], -1, *x.shape[-2:]).transpose(1, 2)
+    return windows.reshape(windows.shape[0], math.prod(window), *x.shape[-2:]).transpose(1, 2)
 
 
 def from_windows(

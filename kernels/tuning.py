@@ -1,0 +1,71 @@
+"""Launch configurations: a table keyed by kernel, architecture, tokens of a window, head dimension and element size.
+
+The first row that admits a call is used; nothing is measured at call time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """Tile sizes, warps and stages of a launch. ``whole``: a window is one tile, and there is no BLOCK_M."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    per_sm: int
+    whole: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {n: v for n, v in self._asdict().items() if n not in ("whole", "per_sm", "BLOCK_M" if self.whole else "")}
+
+    def programs(self, x: Tensor, items: int, heads: int) -> int:
+        """Programs a head that share ``items`` evenly and fill the device with ``per_sm`` blocks on each multiprocessor."""
+        most = max(1, multiprocessors(x) * self.per_sm // heads)
+        return -(-items // -(-items // most))
+
+
+MANY = 1 << 20
+# kernel, oldest architecture, most tokens, largest BLOCK_D, largest element, configuration
+ROWS = (
+    ("forward", 80, 16, 64, 4, Config(0, 16, 1, 2, 16, True)),
+    ("forward", 80, 32, 64, 4, Config(0, 32, 2, 2, 8, True)),
+    ("forward", 80, 64, 64, 2, Config(0, 64, 4, 2, 4, True)),
+    ("forward", 80, 64, 32, 4, Config(0, 64, 4, 1, 4, True)),
+    ("forward", 80, MANY, 256, 4, Config(64, 32, 4, 1, MANY)),
+    ("backward", 80, 64, 32, 2, Config(0, 64, 8, 1, 2, True)),
+    ("backward", 80, MANY, 256, 4, Config(0, 0, 0, 0, 0)),
+    ("dq", 80, MANY, 256, 4, Config(64, 32, 4, 1, MANY)),
+    ("dkdv", 80, MANY, 256, 4, Config(32, 64, 4, 1, 8)),
+    ("dbias", 80, MANY, 256, 4, Config(64, 32, 4, 1, 4)),
+)
+
+
+def configure(kernel: str, x: Tensor, tokens: int) -> Config:
+    head_dim = max(16, triton.next_power_of_2(x.shape[-1]))
+    for name, arch, most_tokens, most_head_dim, most_bytes, config in ROWS:
+        if (
+            name == kernel
+            and architecture(x) >= arch
+            and tokens <= most_tokens
+            and head_dim <= most_head_dim
+            and x.itemsize <= most_bytes
+        ):
+            return config
+    raise KeyError(f"no configuration for {kernel}")
+
+
+def architecture(x: Tensor) -> int:
+    """Compute capability of the tensor's device, 90 for 9.0; the interpreter on a CPU takes that one's."""
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    return major * 10 + minor
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Multiprocessors of the tensor's device; few in the interpreter, so that programs loop there as they do on a GPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

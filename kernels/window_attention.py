@@ -1,0 +1,567 @@
+"""Shifted-window attention: gather, attention and scatter in one kernel, with the shift and the padding in the addresses.
+
+Forward and backward each come in two forms. Up to 64 tokens a window is one tile: a program keeps one head, loads that head's bias
+once and loops over windows. Above, scores are made in tiles: queries against a loop over keys. Exponentials are base 2, so
+``scale``, bias and mask are multiplied by log2(e) before they are added.
+
+The bias gradient needs no atomics: each program sums its windows in registers and writes one partial, and the partials, whose number
+depends on the shape and the device alone, are added in a fixed order. So does the gradient of ``pad_kv``.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swinops.kernels.cyclic_shift import image_index, image_strides, offset, on_device, three, window_origin, window_tokens
+from swinops.kernels.tuning import Config, configure, multiprocessors
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def head_mask(valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of a [tokens, BLOCK_D] tile exist. Constant along the channels where it can be, for wide accesses."""
+    if BLOCK_D == HEAD_DIM:
+        return valid[:, None]
+    else:
+        return valid[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def load_tokens(ptr, strides, head, b, index, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One head's vectors of some tokens of image ``b``, zero where not valid. [tokens, BLOCK_D]"""
+    ptrs = ptr + head * strides[4] + offset(b, index, strides)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(ptrs, head_mask(valid, HEAD_DIM, BLOCK_D), other=0.0)
+
+
+@triton.jit
+def store_tokens(ptr, strides, head, b, index, valid, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    ptrs = ptr + head * strides[4] + offset(b, index, strides)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), head_mask(valid, HEAD_DIM, BLOCK_D))
+
+
+@triton.jit
+def load_keys(
+    k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, exists,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of some tokens that ``exists`` in the window, those of ``pad_ptr`` [2, heads, HEAD_DIM] outside the image."""
+    valid = exists
+    if PADDED:
+        valid = exists & inside
+    k = load_tokens(k_ptr, k_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+    v = load_tokens(v_ptr, v_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+    if PADDED and pad_ptr is not None:
+        pad = (exists & (inside == 0))[:, None]
+        channel = tl.arange(0, BLOCK_D)
+        pad_k = tl.load(pad_ptr + head * HEAD_DIM + channel, channel < HEAD_DIM, other=0.0)
+        pad_v = tl.load(pad_ptr + (heads + head) * HEAD_DIM + channel, channel < HEAD_DIM, other=0.0)
+        k = tl.where(pad, pad_k.to(k.dtype)[None, :], k)
+        v = tl.where(pad, pad_v.to(v.dtype)[None, :], v)
+    return k, v
+
+
+@triton.jit
+def load_bias(bias_ptr, strides, head, query, key, N: tl.constexpr):
+    """Bias in base-2 units; -inf for keys past the window's end, whose probability is then zero. [queries, keys]"""
+    if bias_ptr is None:
+        bias = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
+    else:
+        ptrs = bias_ptr + head * strides[0] + query[:, None].to(tl.int64) * strides[1] + key[None, :].to(tl.int64) * strides[2]
+        bias = tl.load(ptrs, (query < N)[:, None] & (key < N)[None, :], other=0.0).to(tl.float32) * LOG2E
+    return tl.where((key < N)[None, :], bias, float("-inf"))
+
+
+@triton.jit
+def axis_side(place, origin, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Which side of the seam a token lies on, if this window is the last along a shifted axis: the seam cuts no other."""
+    if SHIFT == 0:
+        return place * 0
+    else:
+        return ((place >= WINDOW - SHIFT) & (origin + WINDOW >= size)).to(tl.int32)
+
+
+@triton.jit
+def region(t, origin, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    d, h, w = window_tokens(t, WINDOW)
+    return (
+        axis_side(d, origin[0], size[0], WINDOW[0], SHIFT[0])
+        + axis_side(h, origin[1], size[1], WINDOW[1], SHIFT[1]) * 2
+        + axis_side(w, origin[2], size[2], WINDOW[2], SHIFT[2]) * 4
+    )
+
+
+@triton.jit
+def add_mask(scores, query, key, origin, size, mask_value, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Add the mask in the windows that the seam cuts, the last along a shifted axis. The others skip it."""
+    if SHIFT[0] + SHIFT[1] + SHIFT[2] > 0:
+        cut = (SHIFT[2] > 0) & (origin[2] + WINDOW[2] >= size[2])
+        cut |= (SHIFT[1] > 0) & (origin[1] + WINDOW[1] >= size[1])
+        cut |= (SHIFT[0] > 0) & (origin[0] + WINDOW[0] >= size[0])
+        if cut:
+            q_region = region(query, origin, size, WINDOW, SHIFT)
+            k_region = region(key, origin, size, WINDOW, SHIFT)
+            scores += tl.where(q_region[:, None] != k_region[None, :], mask_value * LOG2E, 0.0)
+    return scores
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A window is one tile of BLOCK_N tokens; a program loops over windows of one head."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    head = tl.program_id(1).to(tl.int64)
+    t = tl.arange(0, BLOCK_N)
+    local = window_tokens(t, WINDOW)
+    bias = load_bias(bias_ptr, bias_strides, head, t, t, N)
+    for window in tl.range(tl.program_id(0), windows, tl.num_programs(0)):
+        b, origin = window_origin(window, size, WINDOW)
+        index, inside = image_index(origin, local, size, WINDOW, SHIFT, ROLL_PAD)
+        valid = t < N
+        if PADDED:
+            valid = valid & inside
+        q = load_tokens(q_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+        k, v = load_keys(
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N, PADDED, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        scores = add_mask(scores, t, t, origin, size, mask_value, WINDOW, SHIFT)
+        top = tl.max(scores, 1)
+        p = tl.exp2(scores - top[:, None])
+        total = tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        store_tokens(out_ptr, out_strides, head, b, index, valid, out, HEAD_DIM, BLOCK_D)
+        tl.store(lse_ptr + head + offset(b, index, lse_strides), (top + tl.log2(total)) * LN2, valid)
+
+
+@triton.jit
+def _forward_tiled_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of a window against a loop over its keys, BLOCK_N at a time, with a running maximum."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    for item in tl.range(tl.program_id(0), windows * TILES, tl.num_programs(0)):
+        b, origin = window_origin(item // TILES, size, WINDOW)
+        query = item % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+        q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
+        q_valid = q_valid & (query < N)
+        q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
+            k, v = load_keys(
+                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+            )  # fmt: skip
+            bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+            scores = add_mask(scores, query, key, origin, size, mask_value, WINDOW, SHIFT)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            # a row whose scores are all -inf so far has nothing to rescale: -inf less -inf would be NaN
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(scores - base[:, None])
+            rescale = tl.exp2(top - base)
+            total = total * rescale + tl.sum(p, 1)
+            out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            top = new_top
+        store_tokens(out_ptr, out_strides, head, b, q_index, q_valid, out / total[:, None], HEAD_DIM, BLOCK_D)
+        tl.store(lse_ptr + head + offset(b, q_index, lse_strides), (top + tl.log2(total)) * LN2, q_valid)
+
+
+@triton.jit
+def probabilities(
+    q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Recompute a tile of probabilities. [queries, keys]"""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+    scores = add_mask(scores, query, key, origin, size, mask_value, WINDOW, SHIFT)
+    return tl.exp2(scores - (lse * LOG2E)[:, None])
+
+
+@triton.jit
+def load_lse(lse_ptr, strides, head, b, index, valid):
+    """Log-sum-exp of some queries; +inf where there is none, so that its probabilities are zero."""
+    return tl.load(lse_ptr + head + offset(b, index, strides), valid, other=float("inf"))
+
+
+@triton.jit
+def store_pad_gradient(dpad_ptr, program, heads, head, dpad_k, dpad_v, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program's partial. [programs, 2, heads, HEAD_DIM]"""
+    channel = tl.arange(0, BLOCK_D)
+    ptrs = dpad_ptr + (program.to(tl.int64) * 2 * heads + head) * HEAD_DIM + channel
+    tl.store(ptrs, dpad_k, channel < HEAD_DIM)
+    tl.store(ptrs + heads * HEAD_DIM, dpad_v, channel < HEAD_DIM)
+
+
+@triton.jit
+def _backward_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr, dpad_ptr,
+    dout_strides, q_strides, k_strides, v_strides, bias_strides, lse_strides, grad_strides,
+    size, windows, heads, scale, mask_value,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A window is one tile; a program loops over windows of one head and sums their bias gradient in registers."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    head = tl.program_id(1).to(tl.int64)
+    t = tl.arange(0, BLOCK_N)
+    local = window_tokens(t, WINDOW)
+    bias = load_bias(bias_ptr, bias_strides, head, t, t, N)
+    dbias = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    dpad_k = tl.zeros((BLOCK_D,), tl.float32)
+    dpad_v = tl.zeros((BLOCK_D,), tl.float32)
+    for window in tl.range(tl.program_id(0), windows, tl.num_programs(0)):
+        b, origin = window_origin(window, size, WINDOW)
+        index, inside = image_index(origin, local, size, WINDOW, SHIFT, ROLL_PAD)
+        valid = t < N
+        if PADDED:
+            valid = valid & inside
+        q = load_tokens(q_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+        k, v = load_keys(
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N, PADDED, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        dout = load_tokens(dout_ptr, dout_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+        lse = load_lse(lse_ptr, lse_strides, head, b, index, valid)
+        p = probabilities(q, k, lse, bias, t, t, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+        dv = tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
+        store_tokens(dv_ptr, grad_strides, head, b, index, valid, dv, HEAD_DIM, BLOCK_D)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        if dbias_ptr is not None:
+            dbias += ds
+        ds = ds.to(q.dtype)
+        dq = tl.dot(ds, k, input_precision=PRECISION) * scale
+        store_tokens(dq_ptr, grad_strides, head, b, index, valid, dq, HEAD_DIM, BLOCK_D)
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
+        store_tokens(dk_ptr, grad_strides, head, b, index, valid, dk, HEAD_DIM, BLOCK_D)
+        if dpad_ptr is not None:
+            pad = ((t < N) & (inside == 0))[:, None]
+            dpad_k += tl.sum(tl.where(pad, dk, 0.0), 0)
+            dpad_v += tl.sum(tl.where(pad, dv, 0.0), 0)
+    if dbias_ptr is not None:
+        ptrs = dbias_ptr + (tl.program_id(0).to(tl.int64) * heads + head) * (N * N) + t[:, None] * N + t[None, :]
+        tl.store(ptrs, dbias, (t < N)[:, None] & (t < N)[None, :])
+    if dpad_ptr is not None:
+        store_pad_gradient(dpad_ptr, tl.program_id(0), heads, head, dpad_k, dpad_v, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dq_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    dout_strides, q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, grad_strides,
+    size, windows, heads, scale, mask_value,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries, in a loop over keys; and delta = sum_j p dp = sum_d out dout, which the other kernels read."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    for item in tl.range(tl.program_id(0), windows * TILES, tl.num_programs(0)):
+        b, origin = window_origin(item // TILES, size, WINDOW)
+        query = item % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+        q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
+        q_valid = q_valid & (query < N)
+        q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        out = load_tokens(out_ptr, out_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        tl.store(delta_ptr + head + offset(b, q_index, lse_strides), delta, q_valid)
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
+            k, v = load_keys(
+                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+            )  # fmt: skip
+            bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+            p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+            ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        store_tokens(dq_ptr, grad_strides, head, b, q_index, q_valid, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dkdv_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
+    dout_strides, q_strides, k_strides, v_strides, bias_strides, lse_strides, grad_strides,
+    size, windows, heads, scale, mask_value,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys, in a loop over queries; those of pads are summed over the program's windows."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    head = tl.program_id(1).to(tl.int64)
+    dpad_k = tl.zeros((BLOCK_D,), tl.float32)
+    dpad_v = tl.zeros((BLOCK_D,), tl.float32)
+    for item in tl.range(tl.program_id(0), windows * TILES, tl.num_programs(0)):
+        b, origin = window_origin(item // TILES, size, WINDOW)
+        key = item % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+        index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
+        k, v = load_keys(
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in range(0, N, BLOCK_M):
+            query = start + tl.arange(0, BLOCK_M)
+            q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
+            q_valid = q_valid & (query < N)
+            q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+            dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+            lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
+            delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
+            bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+            p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+            dv += tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
+            ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
+        dk *= scale
+        valid = (key < N) & inside
+        store_tokens(dk_ptr, grad_strides, head, b, index, valid, dk, HEAD_DIM, BLOCK_D)
+        store_tokens(dv_ptr, grad_strides, head, b, index, valid, dv, HEAD_DIM, BLOCK_D)
+        if dpad_ptr is not None:
+            pad = ((key < N) & (inside == 0))[:, None]
+            dpad_k += tl.sum(tl.where(pad, dk, 0.0), 0)
+            dpad_v += tl.sum(tl.where(pad, dv, 0.0), 0)
+    if dpad_ptr is not None:
+        store_pad_gradient(dpad_ptr, tl.program_id(0), heads, head, dpad_k, dpad_v, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dbias_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, dbias_ptr,
+    dout_strides, q_strides, k_strides, v_strides, bias_strides, lse_strides,
+    size, windows, heads, chunks, scale, mask_value,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of the bias gradient, summed in registers over every ``chunks``-th window. Partials [chunks, heads, N, N]."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    M_TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    head = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0) % (M_TILES * N_TILES)
+    chunk = tl.program_id(0) // (M_TILES * N_TILES)
+    query = tile // N_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tile % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_local = window_tokens(query, WINDOW)
+    local = window_tokens(key, WINDOW)
+    bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for window in tl.range(chunk, windows, chunks):
+        b, origin = window_origin(window, size, WINDOW)
+        q_index, q_valid = image_index(origin, q_local, size, WINDOW, SHIFT, ROLL_PAD)
+        q_valid = q_valid & (query < N)
+        index, inside = image_index(origin, local, size, WINDOW, SHIFT, ROLL_PAD)
+        q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        k, v = load_keys(
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
+        delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
+        p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+        dbias += p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    ptrs = dbias_ptr + (chunk.to(tl.int64) * heads + head) * (N * N) + query[:, None].to(tl.int64) * N + key[None, :]
+    tl.store(ptrs, dbias, (query < N)[:, None] & (key < N)[None, :])
+
+
+class Call:
+    """What every kernel of a call is launched with: its geometry, and the strides of its tensors for three spatial axes."""
+
+    def __init__(
+        self, q: Tensor, window: Sequence[int], shift: Sequence[int], scale: float, pad_order: str, mask_value: float
+    ) -> None:
+        space = q.shape[1:-2]
+        self.axes = len(space)
+        self.heads, self.head_dim = q.shape[-2:]
+        self.tokens = math.prod(window)
+        self.windows = q.shape[0] * math.prod(-(-n // w) for n, w in zip(space, window, strict=True))
+        self.sizes = three(space, 1), self.windows, self.heads
+        self.scalars = scale, mask_value
+        self.constants = {
+            "WINDOW": three(window, 1),
+            "SHIFT": three(shift, 0),
+            "ROLL_PAD": pad_order == "roll_pad",
+            "PADDED": any(n % w for n, w in zip(space, window, strict=True)),
+            "PRECISION": "tf32" if q.dtype == torch.float32 and tf32_allowed() else "ieee",
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
+            "enable_fp_fusion": True,
+        }
+
+    def strides(self, x: Tensor) -> tuple[int, ...]:
+        """[B, *space, heads, ...] -> strides of batch, three spatial axes and heads."""
+        return *image_strides(x, self.axes), x.stride(self.axes + 1)
+
+
+class Partials:
+    """A gradient that is summed over programs: each writes one fp32 partial, and they are added in a fixed order."""
+
+    WORKSPACE = 10 * 2**20  # bytes that partials may take, or one partial where that is more
+
+    def __init__(self, total: Tensor | None) -> None:
+        self.total = total
+        self.partials: Tensor | None = None
+
+    def most(self) -> int:
+        """How many partials the workspace holds."""
+        return 1 if self.total is None else max(1, self.WORKSPACE // (4 * self.total.numel()))
+
+    def allocate(self, programs: int) -> Tensor | None:
+        if self.total is not None:
+            self.partials = self.total.new_empty(programs, *self.total.shape, dtype=torch.float32)
+        return self.partials
+
+    def reduce(self) -> None:
+        if self.total is not None and self.partials is not None:
+            self.total.copy_(self.partials.sum(0))
+
+
+def tf32_allowed() -> bool:
+    """Torch's own setting for float32 matrix products on CUDA, which its older switches update too."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    pad_kv = None if pad_kv is None else pad_kv.contiguous()
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    call = Call(q, window, shift, scale, pad_order, mask_value)
+    if not call.windows:
+        return out, lse
+    config = configure("forward", q, call.tokens)
+    tiles = 1 if config.whole else -(-call.tokens // config.BLOCK_M)
+    kernel = _forward_kernel if config.whole else _forward_tiled_kernel
+    with on_device(q):
+        kernel[(config.programs(q, call.windows * tiles, call.heads), call.heads)](
+            q, k, v, bias, pad_kv, out, lse,
+            call.strides(q), call.strides(k), call.strides(v), None if bias is None else bias.stride(),
+            call.strides(out), call.strides(lse), *call.sizes, *call.scalars, **call.constants, **config.options,
+        )  # fmt: skip
+    return out, lse
+
+
+def window_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    dpad_kv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+) -> None:
+    dout, q, k, v = unit_stride(dout), unit_stride(q), unit_stride(k), unit_stride(v)
+    pad_kv = None if pad_kv is None else pad_kv.contiguous()
+    call = Call(q, window, shift, scale, pad_order, mask_value)
+    if not call.windows:
+        for gradient in (dbias, dpad_kv):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    dbias_sum, dpad_sum = Partials(dbias), Partials(dpad_kv if call.constants["PADDED"] else None)
+    if dpad_kv is not None and dpad_sum.total is None:
+        dpad_kv.zero_()
+    inputs = q, k, v, bias, pad_kv
+    strides = (
+        call.strides(q), call.strides(k), call.strides(v), None if bias is None else bias.stride(), call.strides(lse)
+    )  # fmt: skip
+    with on_device(q):
+        config = configure("backward", q, call.tokens)
+        if config.whole:
+            programs = config.programs(q, call.windows, call.heads)
+            _backward_kernel[(programs, call.heads)](
+                dout, *inputs, lse, dq, dk, dv, dbias_sum.allocate(programs), dpad_sum.allocate(programs),
+                call.strides(dout), *strides, call.strides(dq), *call.sizes, *call.scalars, **call.constants, **config.options,
+            )  # fmt: skip
+        else:
+            backward_tiled(call, dout, inputs, strides, out, lse, dq, dk, dv, dbias_sum, dpad_sum)
+    dbias_sum.reduce()
+    dpad_sum.reduce()
+
+
+def backward_tiled(
+    call: Call,
+    dout: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    strides: tuple[tuple[int, ...] | None, ...],
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias_sum: "Partials",
+    dpad_sum: "Partials",
+) -> None:
+    delta = torch.empty_like(lse)
+
+    config = configure("dq", dq, call.tokens)
+    items = call.windows * -(-call.tokens // config.BLOCK_M)
+    _dq_kernel[(config.programs(dq, items, call.heads), call.heads)](
+        dout, *inputs, out, lse, dq, delta,
+        call.strides(dout), *strides[:-1], call.strides(out), strides[-1], call.strides(dq),
+        *call.sizes, *call.scalars, **call.constants, **config.options,
+    )  # fmt: skip
+
+    config = configure("dkdv", dq, call.tokens)
+    items = call.windows * -(-call.tokens // config.BLOCK_N)
+    programs = config.programs(dq, items, call.heads)
+    _dkdv_kernel[(programs, call.heads)](
+        dout, *inputs, lse, delta, dk, dv, dpad_sum.allocate(programs),
+        call.strides(dout), *strides, call.strides(dq), *call.sizes, *call.scalars, **call.constants, **config.options,
+    )  # fmt: skip
+
+    if dbias_sum.total is not None:
+        config = configure("dbias", dq, call.tokens)
+        tiles = -(-call.tokens // config.BLOCK_M) * -(-call.tokens // config.BLOCK_N)
+        chunks = min(config.programs(dq, call.windows, call.heads * tiles), dbias_sum.most())
+        _dbias_kernel[(chunks * tiles, call.heads)](
+            dout, *inputs, lse, delta, dbias_sum.allocate(chunks),
+            call.strides(dout), *strides, *call.sizes, chunks, *call.scalars, **call.constants, **config.options,
+        )  # fmt: skip
