@@ -1,0 +1,5 @@
+import sys
+
+from swinops.cli import main
+
+sys.exit(main())

@@ -1,0 +1,96 @@
+"""The CUDA backend: allocates outputs and calls swinops._C, the extension module built from csrc/."""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPS = ("window_partition", "window_merge")
+
+
+@functools.cache
+def extension() -> tuple[Any, str | None]:
+    """swinops._C, or None and the reason why it is not there."""
+    try:
+        return importlib.import_module("swinops._C"), None
+    except ModuleNotFoundError:
+        record = Path(__file__).parents[1] / "_no_cuda.txt"
+        if record.exists():
+            return None, record.read_text().strip()
+        return None, "swinops was not built for this Python: install it again"
+    except ImportError as error:
+        return None, f"swinops._C cannot be loaded: {error}"
+
+
+def why_not(x: Tensor, op: str) -> str | None:
+    """Why this backend cannot run ``op`` on tensors like ``x``, in a sentence; None where it can."""
+    if op not in OPS:
+        return "it has no CUDA kernel yet"
+    _C, missing = extension()
+    if missing is not None:
+        return missing
+    if x.device.type != "cuda":
+        return f"its kernels run on CUDA tensors, and this one is on {x.device}"
+    capability = torch.cuda.get_device_capability(x.device)
+    here = f"{x.device} has {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return f"its kernels need compute capability 8.0 or higher, and {here}"
+    if not any(runs_on(arch, capability) for arch in _C.archs.split(";")):
+        return f"swinops._C was built for compute capability {_C.archs}, and {here}: install it again on this machine"
+    return None
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for ``arch`` runs on a GPU of that capability.
+
+    Machine code ("90") runs on the later GPUs of its major version, PTX ("90+PTX") on every later
+    one, "90a" on 9.0 alone.
+    """
+    number = arch.removesuffix("+PTX")
+    if number[-1] == "a":
+        return divmod(int(number[:-1]), 10) == capability
+    built = divmod(int(number.removesuffix("f")), 10)
+    return built <= capability and (built[0] == capability[0] or arch.endswith("+PTX"))
+
+
+def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """[B, *space, C] -> [B * nW, *window, C]."""
+    count = math.prod(size // w for size, w in zip(x.shape[1:-1], window, strict=True))
+    windows = x.new_empty(x.shape[0] * count, *window, x.shape[-1])
+    image = x if x.stride(-1) == 1 else x.contiguous()
+    _launch(extension()[0].window_partition, image, windows, shift)
+    return windows
+
+
+def window_merge(windows: Tensor, image_size: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """[B * nW, *window, C] -> [B, *image_size, C]."""
+    count = math.prod(size // w for size, w in zip(image_size, windows.shape[1:-1], strict=True))
+    image = windows.new_empty(windows.shape[0] // count, *image_size, windows.shape[-1])
+    windows = windows if windows.stride(-1) == 1 else windows.contiguous()
+    _launch(extension()[0].window_merge, image, windows, shift)
+    return image
+
+
+def _launch(launcher: Callable[..., None], image: Tensor, windows: Tensor, shift: Sequence[int]) -> None:
+    if image.dim() == 4:  # two axes are three with a first of size 1
+        image, windows, shift = image.unsqueeze(1), windows.unsqueeze(1), (0, *shift)
+    batch, *size, channels = image.shape
+    with torch.cuda.device(image.device):
+        launcher(
+            image=image.data_ptr(),
+            windows=windows.data_ptr(),
+            batch=batch,
+            size=size,
+            channels=channels,
+            window=windows.shape[1:-1],
+            shift=shift,
+            image_stride=image.stride()[:-1],
+            windows_stride=windows.stride()[:-1],
+            element_size=image.element_size(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
