@@ -13,7 +13,7 @@ def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> 
     x = torch.roll(x, [-s for s in shift], list(range(1, 1 + axes)))
     x = x.reshape(x.shape[0], *[n for pair in zip(grid, window, strict=True) for n in pair], x.shape[-1])
     x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    return x.reshape(x.shape[0] * torch.Size(grid).numel(), *window, x.shape[-1])
+    return x.reshape(x.shape[0] * torch.Size(grid).numel(), *window, x.shape[-1]).contiguous()
 
 
 def window_merge(windows: Tensor, image_size: Sequence[int], shift: Sequence[int]) -> Tensor:
