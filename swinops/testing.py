@@ -1,0 +1,169 @@
+"""Random inputs for each op, and the accuracy rule. Tests, ``swinops verify`` and the benchmarks share them.
+
+Nothing here is degenerate: bias, pad tokens and every gradient are random, because a kernel that ignores a tensor of
+zeros passes any test.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Accuracy(NamedTuple):
+    """The largest error of a tensor, and what it may be: see ``accuracy``."""
+
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        # a NaN compares false, and an infinite bound allows nothing: it only says that plain PyTorch overflowed
+        return self.error <= self.bound < float("inf")
+
+
+def accuracy(actual: Tensor, plain: Tensor, exact: Tensor) -> Accuracy:
+    """Compare ``actual`` with the float64 result ``exact``, by the measure of plain PyTorch's in the same dtype, ``plain``.
+
+        max|actual - exact| <= 2 * max|plain - exact| + eps(dtype) * max|exact|
+
+    Raises:
+        AssertionError: shapes or dtypes differ, or ``exact`` is not float64.
+    """
+    shapes = [tuple(x.shape) for x in (actual, plain, exact)]
+    assert shapes[0] == shapes[1] == shapes[2], f"shapes differ: {shapes}"
+    assert actual.dtype == plain.dtype, f"dtypes differ: {actual.dtype} and {plain.dtype}"
+    assert exact.dtype == torch.float64, f"exact must be float64, got {exact.dtype}"
+    if not actual.numel():
+        return Accuracy(0.0, 0.0)
+    exact = exact.to(actual.device)
+    error, plain_error = (float((x.double() - exact).abs().max()) for x in (actual, plain))
+    return Accuracy(error, 2 * plain_error + torch.finfo(actual.dtype).eps * float(exact.abs().max()))
+
+
+def assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+    """Raise an AssertionError with the numbers where ``actual`` breaks the rule of ``accuracy``. NaN never passes."""
+    error, bound = result = accuracy(actual, plain, exact)
+    assert result.ok, (
+        f"{name} {list(actual.shape)} {actual.dtype} is off by {error:.3g}, allowed {bound:.3g} "
+        f"(max |exact| {float(exact.abs().max()):.3g}, {int(actual.isnan().sum())} NaN)"
+    )
+
+
+def differentiate(f: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor) -> dict[str, Tensor]:
+    """``f(**tensors)`` as "out", and for each tensor ``x`` that is not None its gradient as "dx"."""
+    leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in tensors.items()}
+    wanted = {f"d{name}": x for name, x in leaves.items() if x is not None}
+    out = f(**leaves)
+    return {
+        "out": out.detach(),
+        **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dout), strict=True)),
+    }
+
+
+def accuracies(
+    op: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor
+) -> dict[str, Accuracy]:
+    """The accuracy of ``op(**tensors)`` and of each of its gradients; ``definition`` is the same in plain PyTorch."""
+    return {name: accuracy(*results) for name, results in compared(op, definition, tensors, dout).items()}
+
+
+def assert_op_accurate(
+    op: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor
+) -> None:
+    """``assert_accurate`` for ``op(**tensors)`` and each of its gradients; ``definition`` is the same in plain PyTorch."""
+    for name, results in compared(op, definition, tensors, dout).items():
+        assert_accurate(*results, name)
+
+
+def compared(
+    op: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The output and each gradient: of ``op``, of ``definition`` in the same dtype, and of ``definition`` in float64."""
+    exact = {name: None if x is None else x.double() for name, x in tensors.items()}
+    actual = differentiate(op, tensors, dout)
+    plain, ideal = differentiate(definition, tensors, dout), differentiate(definition, exact, dout.double())
+    return {name: (actual[name], plain[name], ideal[name]) for name in actual}
+
+
+def random_tensor(
+    shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal, drawn in float32: the same numbers, rounded, in every dtype."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of ``window_attention``, and a gradient for its output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    pad_kv: Tensor | None
+    dout: Tensor
+
+
+def attention_inputs(
+    space: Sequence[int],
+    window: Sequence[int],
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.float32,
+    bias: bool | torch.dtype = True,
+    pad_kv: bool | torch.dtype = True,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> AttentionInputs:
+    """q, k, v and dout [batch, *space, heads, head_dim], bias [heads, N, N] and pad_kv [2, heads, head_dim].
+
+    ``bias`` and ``pad_kv`` are False for none, or a dtype where it is not that of q.
+    """
+    shape, tokens = (batch, *space, heads, head_dim), torch.Size(window).numel()
+
+    def optional(wanted: bool | torch.dtype, shape: Sequence[int], seed: int) -> Tensor | None:
+        return random_tensor(shape, seed, dtype if wanted is True else wanted, device) if wanted else None
+
+    q, k, v, dout = (random_tensor(shape, 6 * seed + n, dtype, device) for n in range(4))
+    return AttentionInputs(
+        q,
+        k,
+        v,
+        optional(bias, (heads, tokens, tokens), 6 * seed + 4),
+        optional(pad_kv, (2, heads, head_dim), 6 * seed + 5),
+        dout,
+    )
+
+
+def partition_inputs(
+    space: Sequence[int],
+    window: Sequence[int],
+    *,
+    batch: int = 2,
+    channels: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """An image [batch, *space, channels], and windows [batch * nW, *window, channels] that fill one of that size."""
+    count = batch * torch.Size([size // w for size, w in zip(space, window, strict=True)]).numel()
+    x = random_tensor((batch, *space, channels), 2 * seed, dtype, device)
+    return x, random_tensor((count, *window, channels), 2 * seed + 1, dtype, device)
+
+
+def position_bias_inputs(
+    window: Sequence[int],
+    *,
+    heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A table [prod(2M - 1), heads], and a gradient [heads, N, N] of the bias."""
+    rows, tokens = torch.Size([2 * w - 1 for w in window]).numel(), torch.Size(window).numel()
+    table = random_tensor((rows, heads), 2 * seed, dtype, device)
+    return table, random_tensor((heads, tokens, tokens), 2 * seed + 1, dtype, device)
