@@ -1,0 +1,185 @@
+"""timm's Swin V1: the attention of a block becomes one op, and one compiled graph serves every image size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinops.dropin.swap import Swapped, compute_dtype, hooked, no_kernel, warn_once
+from swinops.reference.window_attention import shift_mask
+
+
+class SwinBlock(Swapped):
+    """timm's ``SwinTransformerBlock`` whose shift, pads, windows, mask, bias and attention are one op.
+
+    ``attn.qkv`` and ``attn.proj`` are called as modules, so they may be quantised or carry LoRA; they see the image
+    [B, H, W, C] in place of its windows. ``attn`` itself, its softmax and its dropout are not called: where they have
+    something to do (hooks, dropout in training, another class), timm's own code runs.
+    """
+
+    LIBRARY = "timm"
+    MODULE = "timm.models.swin_transformer"
+    NAME = "SwinTransformerBlock"
+    ATTRIBUTES = (
+        "_attn", "get_attn_mask", "window_size", "shift_size", "target_shift_size", "input_resolution", "attn_mask",
+        "attn.qkv", "attn.proj", "attn.proj_drop", "attn.attn_drop", "attn.softmax", "attn.scale", "attn.num_heads",
+        "attn.relative_position_bias_table",
+    )  # fmt: skip
+    OVERRIDES = ("_attn",)
+    KEPT = ("get_attn_mask",)
+    COMPANION = False
+
+    __constants__ = ("own_in_script",)
+    __jit_unused_properties__ = ("own_in_script",)
+
+    attn: Any
+    dim: int
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
+    library_attn: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def why_left(block: Any) -> str | None:
+        reason = why_not_plain(block.attn)
+        if reason is not None or getattr(block, "dynamic_mask", False):
+            return reason
+        if block.attn_mask is None:
+            return "it shifts without a mask" if any(block.shift_size) else None
+        if block.attn_mask.is_meta:
+            return None
+        mask = shift_mask(block.input_resolution, block.window_size, block.shift_size, -100.0, block.attn_mask.device)
+        return None if torch.equal(block.attn_mask, mask.to(block.attn_mask.dtype)) else "its attn_mask is not timm's"
+
+    @staticmethod
+    def why_own(block: Any, backend: str) -> str | None:
+        attn = block.attn
+        reason: str | None = why_not_plain(attn)
+        if reason is not None:
+            return reason
+        for name, module in (("attn", attn), ("attn.softmax", attn.softmax), ("attn.attn_drop", attn.attn_drop)):
+            if hooked(module):
+                return f"{name} has hooks, and the op does not call it"
+        # timm's fused attention goes by attn.training, its plain one by that of attn_drop
+        if getattr(attn.attn_drop, "p", 0.0) > 0 and (attn.training or attn.attn_drop.training):
+            return "attention dropout in training, which the op does not have"
+        if backend != "auto":
+            return None
+        # decided on a parameter and not on x, which is a proxy under fx, as the attribute of attn would be
+        table = attn._parameters.get("relative_position_bias_table")
+        if table is None:  # a replica of DataParallel or FSDP: a tensor in its place
+            table = vars(attn)["relative_position_bias_table"]
+        head_dim = getattr(attn.proj, "in_features", block.dim) // attn.num_heads
+        reason = no_kernel("window_attention", table.device, compute_dtype(table), head_dim)
+        if reason is None:
+            reason = no_kernel("relative_position_bias", table.device, table.dtype, attn.num_heads)
+        return reason
+
+    @property
+    def own_in_script(self) -> bool:
+        """A constant of the scripted module: what TorchScript cannot look at when it runs."""
+        attn = self.attn
+        return self.why_own(self, "reference") is not None or getattr(attn.attn_drop, "p", 0) > 0 or not plain(attn.qkv)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self.own_in_script or (self.swinops_backend == "auto" and not x.is_cuda):
+                return self.library_attn(x)
+            else:
+                return self.swinops_attn(x, self.attn.qkv.bias)
+        reason = self.why_own(self, self.swinops_backend)
+        if reason is not None:
+            warn_once(self.LIBRARY, reason)
+            return self.library_attn(x)
+        return self.swinops_attn(x, self.project_zero(x))
+
+    def swinops_attn(self, x: Tensor, zero: Tensor | None) -> Tensor:
+        """The attention of the normalised image ``x`` [B, H, W, C]; ``zero``: the projection of a pad token. [3 * C]"""
+        window = [self.window_size[0], self.window_size[1]]
+        shift = [self.shift_size[0], self.shift_size[1]]
+        heads = self.attn.num_heads
+        bias = torch.ops.swinops.relative_position_bias(
+            self.attn.relative_position_bias_table, window, self.swinops_backend
+        )
+        pad_kv = None if zero is None else zero.view(3, heads, -1)[1:]
+        qkv = self.attn.qkv(x).unflatten(-1, [3, heads, -1])
+        out: Tensor = torch.ops.swinops.window_attention_qkvpacked(
+            qkv, bias, pad_kv, window, shift, self.attn.scale, "roll_pad", -100.0, self.swinops_backend
+        )[0]
+        out = self.attn.proj_drop(self.attn.proj(out.flatten(-2)))
+        return out
+
+    def project_zero(self, x: Tensor) -> Tensor | None:
+        """What a token of zeros projects to; None for zeros, and where it is known that ``x`` needs no pads."""
+        zero: Tensor | None = None
+        if plain(self.attn.qkv):
+            zero = self.attn.qkv.bias
+        elif isinstance(x, torch.fx.Proxy) or any(x.shape[1 + i] % w != 0 for i, w in enumerate(self.window_size)):
+            # another module's attributes do not tell what it does with zeros (LoRA with a bias, hooks): ask it
+            zero = self.attn.qkv(x.new_zeros(1, 1, 1, x.shape[-1])).flatten()
+        return zero
+
+
+def why_not_plain(attn: Any) -> str | None:
+    """Why timm's formula cannot be assumed of ``attn``; None where it can."""
+    cls = type(attn)
+    if cls.__name__ != "WindowAttention" or cls.__module__.rpartition(".")[2] != "swin_transformer":
+        return f"attn is a {cls.__name__}, not timm's WindowAttention"
+    if "forward" in attn.__dict__ or cls.forward.__module__ != cls.__module__:
+        return "the forward of attn was replaced"
+    if type(attn.softmax) is not nn.Softmax or attn.softmax.dim != -1:
+        return f"attn.softmax is a {type(attn.softmax).__name__}, not a Softmax over the last axis"
+    if type(attn.attn_drop) not in (nn.Dropout, nn.Identity):
+        return f"attn.attn_drop is a {type(attn.attn_drop).__name__}, not a Dropout"
+    return None
+
+
+def plain(module: nn.Module) -> bool:
+    """``module`` projects zeros to its bias."""
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not hooked(module)
+
+
+class PatchEmbed(Swapped):
+    """timm's ``PatchEmbed`` whose checks do not format the sizes, which costs torch.compile a graph per image size.
+
+    It is replaced in models that have a replaced block, and differs only where it is compiled for sizes that vary.
+    """
+
+    LIBRARY = "timm"
+    MODULE = "timm.layers.patch_embed"
+    NAME = "PatchEmbed"
+    ATTRIBUTES = (
+        "img_size", "patch_size", "strict_img_size", "dynamic_img_pad", "flatten", "output_fmt", "proj", "norm"
+    )  # fmt: skip
+    OVERRIDES = ("forward",)
+    KEPT = ()
+    COMPANION = True
+
+    img_size: tuple[int, int] | None
+    patch_size: tuple[int, int]
+    strict_img_size: bool
+    dynamic_img_pad: bool
+    flatten: bool
+    output_fmt: str
+    proj: Any
+    norm: Any
+    library_forward: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.library_forward(x)
+        if not torch.compiler.is_compiling() or not self.sizes_vary():
+            return self.library_forward(x)
+        H, W = x.shape[-2:]
+        if H % self.patch_size[0] != 0 or W % self.patch_size[1] != 0:
+            raise AssertionError(f"Input size ({H}, {W}) should be divisible by patch size {self.patch_size}.")
+        x = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return x
+
+    def sizes_vary(self) -> bool:
+        """The case that timm's Swin reaches with ``strict_img_size=False``."""
+        checked = self.img_size is not None and not self.strict_img_size and not self.dynamic_img_pad
+        return checked and not self.flatten and self.output_fmt == "NHWC"
+
+
+SWAPS: tuple[type[Swapped], ...] = (SwinBlock, PatchEmbed)
