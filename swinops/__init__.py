@@ -1,5 +1,6 @@
 """Kernels for shifted-window attention, as differentiable PyTorch ops and drop-in layers."""
 
+from swinops.dropin import check, explain, patch, patched, unpatch
 from swinops.ops import (
     relative_position_bias,
     window_attention,
@@ -11,7 +12,12 @@ from swinops.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "check",
+    "explain",
+    "patch",
+    "patched",
     "relative_position_bias",
+    "unpatch",
     "window_attention",
     "window_attention_qkvpacked",
     "window_merge",

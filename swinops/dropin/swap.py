@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from swinops.backends import MODULES, why_not
 
+Call = tuple[str, torch.device, torch.dtype, int]  # an op, and device, dtype and last axis of its first tensor
+
 
 class Swapped(nn.Module):
     """First base of a class that takes another's place on an instance; the second base is the class it takes.
@@ -53,6 +55,11 @@ class Swapped(nn.Module):
     def why_own(module: Any, backend: str) -> str | None:
         """Why ``module`` would run its library's own forward in its present state; None where it would run the op."""
         return None
+
+    @staticmethod
+    def calls(module: Any) -> list[Call]:
+        """The ops that ``module`` calls."""
+        return []
 
 
 def library_class(kind: type[Swapped], cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -131,14 +138,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def kernel(op: str, device: torch.device, dtype: torch.dtype, channels: int) -> tuple[str | None, str]:
-    """The fastest backend whose kernel runs ``op`` on such tensors, or None; and why no kernel does."""
+def kernel(op: str, device: torch.device, dtype: torch.dtype, channels: int) -> tuple[str, str]:
+    """The fastest backend whose kernel runs ``op`` on such tensors, "" for none; and why the others do not."""
     if device.type != "cuda":
-        return None, f'the model is on {device}, and backend="auto" runs kernels on CUDA only'
+        return "", f'the model is on {device}, and backend="auto" runs kernels on CUDA only'
     x = torch.empty(0, channels, device=device, dtype=dtype)
     reasons = {name: why_not(name, x, op) for name in MODULES if name != "reference"}
-    fastest = next((name for name, reason in reasons.items() if reason is None), None)
-    return fastest, "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    fastest = next((name for name, reason in reasons.items() if reason is None), "")
+    return fastest, "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
 # torch.compile runs the next two while it traces, and takes their result as a constant
@@ -148,7 +155,7 @@ def kernel(op: str, device: torch.device, dtype: torch.dtype, channels: int) -> 
 def no_kernel(op: str, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
     """Why no kernel runs ``op`` on such tensors; None where one does."""
     fastest, reason = kernel(op, device, dtype, channels)
-    return reason if fastest is None else None
+    return None if fastest else reason
 
 
 warned: set[str] = set()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinops.dropin.swap import Swapped, compute_dtype, hooked, no_kernel, warn_once
+from swinops.dropin.swap import Call, Swapped, compute_dtype, hooked, no_kernel, warn_once
 from swinops.reference.window_attention import shift_mask
 
 
@@ -65,15 +65,24 @@ class SwinBlock(Swapped):
             return "attention dropout in training, which the op does not have"
         if backend != "auto":
             return None
-        # decided on a parameter and not on x, which is a proxy under fx, as the attribute of attn would be
-        table = attn._parameters.get("relative_position_bias_table")
+        for call in SwinBlock.calls(block):
+            reason = no_kernel(*call)
+            if reason is not None:
+                return reason
+        return None
+
+    @staticmethod
+    def calls(block: Any) -> list[Call]:
+        # from a parameter and not from x, which is a proxy under fx, as the attribute of attn would be
+        table = block.attn._parameters.get("relative_position_bias_table")
         if table is None:  # a replica of DataParallel or FSDP: a tensor in its place
-            table = vars(attn)["relative_position_bias_table"]
-        head_dim = getattr(attn.proj, "in_features", block.dim) // attn.num_heads
-        reason = no_kernel("window_attention", table.device, compute_dtype(table), head_dim)
-        if reason is None:
-            reason = no_kernel("relative_position_bias", table.device, table.dtype, attn.num_heads)
-        return reason
+            table = vars(block.attn)["relative_position_bias_table"]
+        heads = block.attn.num_heads
+        head_dim = getattr(block.attn.proj, "in_features", block.dim) // heads
+        return [
+            ("window_attention", table.device, compute_dtype(table), head_dim),
+            ("relative_position_bias", table.device, table.dtype, heads),
+        ]
 
     @property
     def own_in_script(self) -> bool:
