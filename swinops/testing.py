@@ -24,7 +24,7 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(actual: Tensor, plain: Tensor, exact: Tensor) -> Accuracy:
-    """Compare ``actual`` with the float64 result ``exact``, by the measure of plain PyTorch's in the same dtype, ``plain``.
+    """Compare ``actual`` with the float64 result ``exact``, allowing for the error of plain PyTorch in its dtype, ``plain``.
 
         max|actual - exact| <= 2 * max|plain - exact| + eps(dtype) * max|exact|
 
@@ -72,7 +72,7 @@ def accuracies(
 def assert_op_accurate(
     op: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor
 ) -> None:
-    """``assert_accurate`` for ``op(**tensors)`` and each of its gradients; ``definition`` is the same in plain PyTorch."""
+    """``assert_accurate`` for ``op(**tensors)`` and each of its gradients; ``definition`` is it in plain PyTorch."""
     for name, results in compared(op, definition, tensors, dout).items():
         assert_accurate(*results, name)
 
@@ -80,7 +80,7 @@ def assert_op_accurate(
 def compared(
     op: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """The output and each gradient: of ``op``, of ``definition`` in the same dtype, and of ``definition`` in float64."""
+    """Output and gradients by name: of ``op``, of ``definition`` in the same dtype, of ``definition`` in float64."""
     exact = {name: None if x is None else x.double() for name, x in tensors.items()}
     actual = differentiate(op, tensors, dout)
     plain, ideal = differentiate(definition, tensors, dout), differentiate(definition, exact, dout.double())

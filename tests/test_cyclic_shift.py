@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def strided_views(x):
-    """``x``; for one dtype also under other strides: channels first, every second channel, an expanded batch, packed."""
+    """``x``; in float32 also under other strides: channels first, every second channel, an expanded batch, packed."""
     yield x
     if x.dtype != torch.float32:
         return
