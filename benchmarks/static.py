@@ -1,10 +1,11 @@
 """What the compiler made of the Triton kernels, and the bars it must pass. Needs no GPU.
 
-The package's own launchers are called on CPU tensors whose memory is never touched, with a stand-in for Triton's driver: each kernel
-they would launch is specialised (divisibility, strides of 1) and compiled as on the GPU it names, then disassembled.
+The package's own launchers are called on CPU tensors whose memory is never touched, with a stand-in for Triton's
+driver: each kernel they would launch is specialised (divisibility, strides of 1) and compiled as on the GPU it names,
+then disassembled.
 
-Issue time and memory time are lower bounds on time, not timings: the instructions that the warps must issue, over what the device
-issues at its nominal clock, and the bytes that must move, over the bandwidth of a copy.
+Issue time and memory time are lower bounds on time, not timings: the instructions that the warps must issue, over what
+the device issues at its nominal clock, and the bytes that must move, over the bandwidth of a copy.
 """
 
 import argparse
@@ -37,7 +38,7 @@ NOT_A_TIMING = "Issue time and memory time are lower bounds on time, not timings
 
 
 class Device(NamedTuple):
-    """A nominal device: clock in Hz, bandwidth of a copy in B/s, shared memory in bytes on a multiprocessor and for a block."""
+    """Clock in Hz, bandwidth of a copy in B/s, shared memory in bytes on a multiprocessor and for a block."""
 
     name: str
     multiprocessors: int
@@ -66,7 +67,8 @@ SHARED_RESERVED = 1024  # bytes more for the system
 STACK_LIMIT = 16  # bytes
 WIDE = 16  # bytes of a 128-bit access
 ATTENTION = ("window_attention", "window_attention_backward")
-OPS = (*ATTENTION, "window_partition", "window_merge", "relative_position_bias", "relative_position_bias_backward")
+BIAS = ("relative_position_bias", "relative_position_bias_backward")
+OPS = (*ATTENTION, "window_partition", "window_merge", *BIAS)
 # the tensors that hold vectors of head_dim channels, by the names of the kernels' arguments without _ptr
 VECTORS = {
     "window_attention": {"q", "k", "v", "out"},
@@ -130,7 +132,7 @@ class Launch:
 
 @contextlib.contextmanager
 def compiling(arch: int) -> Iterator[list[Launch]]:
-    """Within, kernels are compiled for ``arch`` and listed, not launched, and the package's tables take that device's rows."""
+    """Within, kernels are compiled for ``arch`` and listed, not launched, with the configurations for that device."""
     tuning = importlib.import_module("swinops.kernels.tuning")
     launches: list[Launch] = []
     run = JITFunction.run
@@ -165,6 +167,7 @@ def compiling(arch: int) -> Iterator[list[Launch]]:
 
 
 TENSOR_CORE = re.compile(r"[HIDBQO]G?MMA$|UTC\w*MMA$")
+BULK = {"UBLKCP", "UTMALDG", "UTMASTG"}
 GLOBAL_LOAD = {"LDG", "LDGSTS", "LD", "UBLKCP", "UTMALDG"}
 GLOBAL_STORE = {"STG", "ST", "UTMASTG"}
 LOCAL = {"LDL", "STL"}
@@ -182,7 +185,9 @@ class Instruction(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Bytes that a thread moves."""
+        """Bytes that a thread moves; of a bulk copy, which one thread starts for all, those of the widest access."""
+        if self.name in BULK:
+            return WIDE
         return next((WIDTHS[part] for part in self.opcode.split(".") if part in WIDTHS), 4)
 
     @property
@@ -288,7 +293,7 @@ class Program:
         return chain
 
     def count(self, loop: Loop | None, trips: Sequence[int], choose: Callable[[Iterable[int]], int]) -> int:
-        """Instructions that a warp issues in one turn of a loop, or from entry to exit, along the longest or the shortest way.
+        """Instructions that a warp issues in one turn of a loop, or from entry to exit, the longest or shortest way.
 
         ``trips``: how often the loops inside turn, by depth; a loop that only waits turns once.
         """
@@ -334,7 +339,7 @@ def disassemble(cubin: bytes) -> tuple[Program, dict[str, int]]:
 
 
 class Access(NamedTuple):
-    """A global access in a kernel's PTX. ``tensor``: the argument that its address comes from, "?" where that is not clear."""
+    """A global access in a kernel's PTX. ``tensor``: where its address comes from, "?" where that is not clear."""
 
     tensor: str
     width: int
@@ -342,7 +347,7 @@ class Access(NamedTuple):
 
 
 def accesses(ptx: str, pointers: Sequence[str | None]) -> list[Access]:
-    """Global loads and stores, each traced from its address through 64-bit registers to the pointer it was computed from."""
+    """Global loads and stores, each traced from its address, through 64-bit registers, to the pointer it came from."""
     sources: dict[str, set[str]] = {}
     found: list[tuple[str, int, bool]] = []
     for line in ptx.splitlines():
@@ -401,7 +406,7 @@ def blocks_per_sm(arch: int, registers: int, shared: int, warps: int, tensor_mem
 
 
 class Turns(NamedTuple):
-    """How a kernel loops. ``persistent``: its outer loop runs over items, ``trips[0]`` turns each; then the loops inside."""
+    """How often loops turn, by depth. ``persistent``: the outer one runs over items, ``trips[0]`` turns for each."""
 
     persistent: bool
     trips: tuple[int, ...]
@@ -433,8 +438,9 @@ def turns(launch: Launch) -> Turns | None:
 class Row:
     """One kernel of one configuration.
 
-    Times in ns for one item: a (window, head) of attention, a window of partition and merge, a head of the bias. Two values of
-    instructions and issue time are those along the longest and the shortest way: with the border mask and without.
+    Times in ns for one item: a (window, head) of attention, a window of partition and merge, a head of the bias. Of two
+    values, the first is along the longest way and the second along the shortest: with the border mask and without it,
+    where the compiler left a branch.
     """
 
     arch: int
@@ -472,9 +478,8 @@ def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -
     device, metadata = DEVICES[arch], launch.compiled.metadata
     program, usage = disassemble(launch.compiled.asm["cubin"])
     nest, loops = program.nest(), loops or turns(launch)
-    every, hot, inner = (
-        program.instructions(loop) for loop in (None, *([nest[0], nest[-1]] if nest else [None, None]))
-    )
+    every = program.instructions()
+    hot, inner = (program.instructions(nest[0]), program.instructions(nest[-1])) if nest else (every, every)
     widths: dict[str, list[int]] = {}
     for access in accesses(launch.compiled.asm["ptx"], launch.pointers()):
         widths.setdefault(access.tensor, []).append(access.width)
@@ -486,15 +491,14 @@ def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -
     most, limit = blocks_per_sm(arch, usage["REG"], metadata.shared, warps, getattr(metadata, "tmem_size", 0) or 0)
     resident = min(most, math.ceil(launch.programs / device.multiprocessors))
     hot_loads = by_width(inner, GLOBAL_LOAD)
-    instructions = issue = None
+    issued = issue = None
     if loops is not None:
         if loops.persistent and nest:
             ways = [loops.trips[0] * program.count(nest[0], loops.trips[1:], choose) for choose in (max, min)]
         else:
-            ways = [
-                math.ceil(program.count(None, loops.trips, choose) * launch.programs / items) for choose in (max, min)
-            ]
-        instructions = ways[0], ways[1]
+            whole = [program.count(None, loops.trips, choose) for choose in (max, min)]
+            ways = [math.ceil(instructions * launch.programs / items) for instructions in whole]
+        issued = ways[0], ways[1]
         rate = SCHEDULERS * device.multiprocessors * device.clock / 1e9
         issue = ways[0] * warps / rate, ways[1] * warps / rate
     moved = {n: x for n, x in launch.tensors.items() if n not in ONCE or not {"q", "k"} & launch.tensors.keys()}
@@ -521,7 +525,7 @@ def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -
         accesses=widths,
         tensor_core=dict(Counter(x.name for x in every if x.tensor_core)),
         hot_loop=(program.count(nest[-1], (), max), program.count(nest[-1], (), min)) if nest else (0, 0),
-        instructions=instructions,
+        instructions=issued,
         issue_ns=issue,
         bytes=moved_bytes,
         memory_ns=memory,
@@ -547,7 +551,7 @@ class Case:
 
     def __str__(self) -> str:
         parts = [f"sm_{self.arch} {self.op} window {self.window}"]
-        if not self.op.startswith("relative"):
+        if self.op not in BIAS:
             parts += [f"shift {self.shift} head_dim {self.head_dim} {self.dtype}"]
         if self.op in ATTENTION:
             parts += [f"bias {self.bias}"]
@@ -564,7 +568,7 @@ class Case:
         windows = self.batch * math.ceil(self.size / self.window) ** 2
         if self.op in ATTENTION:
             return windows * self.heads
-        return self.heads if self.op.startswith("relative") else windows
+        return self.heads if self.op in BIAS else windows
 
     def call(self) -> None:
         """Call the op's launcher as the ops do, on tensors laid out as a QKV projection leaves them."""
@@ -619,7 +623,7 @@ class Failure(NamedTuple):
 
 
 def failures(case: Case, rows: Sequence[Row]) -> list[Failure]:
-    """The bars that an attention op's kernels miss, each a sentence's worth."""
+    """The bars that an op's kernels miss."""
     found: list[Failure] = []
 
     def bar(name: str, row: Row, passes: bool, value: object, limit: object) -> None:
@@ -634,18 +638,17 @@ def failures(case: Case, rows: Sequence[Row]) -> list[Failure]:
         bar("local memory", row, row.local_hot == 0, f"{row.local_hot} instructions in the hot loop", 0)
         bar("tensor cores", row, bool(row.tensor_core), "no tensor-core instruction", "1")
         if case.head_dim == 32:
-            narrow = {
-                n: min(w) for n, w in row.accesses.items() if n in VECTORS[case.op] | {"out", "?"} and min(w) < WIDE
-            }
+            vectors = VECTORS[case.op] | {"out", "?"}
+            narrow = {n: min(widths) for n, widths in row.accesses.items() if n in vectors and min(widths) < WIDE}
             bar("128-bit accesses", row, not narrow, f"bytes an access {narrow}", f"{WIDE} bytes")
             # what the compiler asked for, and what the assembler made of it
             asked = sum(w >= WIDE for n, widths in row.accesses.items() if n in VECTORS[case.op] for w in widths)
             wide = sum(n for counts in (row.loads, row.stores) for width, n in counts.items() if width >= WIDE)
             bar("128-bit accesses", row, wide >= asked, f"{wide} in the machine code", f"{asked}, as in the PTX")
-        if case.op == "window_attention" and case.window in (7, 8) and case.head_dim == 32 and case.arch in (80, 90):
+        forward = case.op == "window_attention" and case.arch in (80, 90)
+        if forward and case.window in (7, 8) and case.head_dim == 32 and not case.padded:
             issue = "unknown" if row.issue_ns is None else f"{row.issue_ns[0]:.2f} ns"
-            passes = case.padded or (row.issue_ns is not None and row.issue_ns[0] < row.memory_ns)
-            bar("issue time", row, passes, issue, f"memory time {row.memory_ns:.2f} ns")
+            bar("issue time", row, row.bound == "memory", issue, f"memory time {row.memory_ns:.2f} ns")
     if rows and case.op in ATTENTION:
         missing = VECTORS[case.op] - {name for row in rows for name in row.accesses}
         bar("128-bit accesses", rows[0], not missing, f"no access to {sorted(missing)} was found", "each tensor")
@@ -668,43 +671,36 @@ COLUMNS = (
         "local",
         "smem",
     ),
-    *(
-        "blocks",
-        "in_flight",
-        "ld128",
-        "ld_less",
-        "st128",
-        "st_less",
-        "tensor_core",
-        "hot_loop",
-        "issue_ns",
-        "memory_ns",
-    ),
-    "bound",
+    *("blocks", "in_flight", "ld128", "ld_less", "st128", "st_less", "narrow", "tensor_core", "hot_loop", "issue_ns"),
+    *("memory_ns", "bound"),
 )
 
 
 def cells(case: Case, row: Row) -> list[str]:
-    """A row of the table. "a/b": along the longest way and the shortest; local: in the hot loop and outside."""
+    """A row of the table. "a+b": in the hot loop and outside. "a/b": along the longest way and the shortest.
 
-    def two(values: Sequence[float] | None, form: str) -> str:
-        if values is None:
-            return "?"
-        return "/".join(dict.fromkeys(format(value, form) for value in values))
+    local: local-memory instructions; blocks: resident of those that fit, and what limits them; narrow: bytes an access
+    to the tensors that are not accessed by 16 bytes; hot_loop: instructions a warp in one turn.
+    """
 
-    def split(counts: dict[int, int]) -> tuple[str, str]:
-        wide = sum(n for width, n in counts.items() if width >= WIDE)
-        return str(wide), str(sum(counts.values()) - wide)
+    def ways(values: Sequence[float] | None, form: str) -> str:
+        return "?" if values is None else "/".join(dict.fromkeys(format(value, form) for value in values))
 
+    def split(counts: dict[int, int], hot: dict[int, int]) -> list[str]:
+        pairs = []
+        for chosen in ({w for w in counts if w >= WIDE}, {w for w in counts if w < WIDE}):
+            inside = sum(n for w, n in hot.items() if w in chosen)
+            pairs.append(f"{inside}+{sum(n for w, n in counts.items() if w in chosen) - inside}")
+        return pairs
+
+    narrow = {name: min(widths) for name, widths in sorted(row.accesses.items()) if min(widths) < WIDE}
     return [
         f"sm_{case.arch}",
         case.op,
         row.kernel.strip("_").removesuffix("_kernel"),
         f"{case.window}{'p' if case.padded else ''}",
-        str(case.shift),
-        str(case.head_dim),
-        case.dtype,
-        case.bias,
+        *(["-", "-", "float32"] if case.op in BIAS else [str(case.shift), str(case.head_dim), case.dtype]),
+        case.bias if case.op in ATTENTION else "-",
         str(row.warps),
         str(row.registers),
         str(row.stack),
@@ -712,11 +708,12 @@ def cells(case: Case, row: Row) -> list[str]:
         str(row.shared),
         f"{row.resident} of {row.blocks_per_sm} ({row.limited_by})",
         str(row.bytes_in_flight),
-        *split(row.loads),
-        *split(row.stores),
-        " ".join(f"{n} {name}" for name, n in row.tensor_core.items()) or "none",
-        two(row.hot_loop, "d"),
-        two(row.issue_ns, ".2f"),
+        *split(row.loads, row.hot_loads),
+        *split(row.stores, row.hot_stores),
+        " ".join(f"{name}:{width}" for name, width in narrow.items()) or "-",
+        " ".join(f"{n} {name}" for name, n in row.tensor_core.items()) or "-",
+        ways(row.hot_loop, "d"),
+        ways(row.issue_ns, ".2f"),
         f"{row.memory_ns:.2f}",
         row.bound,
     ]
@@ -734,10 +731,11 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     for arch in arguments.arch:
         for op in arguments.op:
             for window in arguments.window:
-                if op.startswith("relative"):
+                if op in BIAS:
                     chosen.append(Case(arch, op, window))
                     continue
-                for head_dim in arguments.head_dim:
+                # a window of thousands of tokens, which no bar names: at the head dimension of published models
+                for head_dim in arguments.head_dim if window < 48 else [32]:
                     for dtype in arguments.dtype:
                         shifts = [(0, "float32"), (window // 2, "float32")]
                         if op in ATTENTION:
@@ -769,19 +767,18 @@ def outcomes(chosen: Sequence[Case], jobs: int) -> Iterator[tuple[Case, list[Row
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="swinops bench static",
-        description="Compile the Triton kernels ahead of time and check what became of them.",
+        description="Compile the Triton kernels ahead of time and check what became of them."
     )
     parser.add_argument("--arch", type=int, nargs="+", choices=list(DEVICES), default=list(DEVICES))
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--window", type=int, nargs="+", default=[4, 7, 8, 12, 16, 24])
+    parser.add_argument("--window", type=int, nargs="+", default=[4, 7, 8, 12, 16, 24, 48])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument(
         "--dtype", nargs="+", choices=["float16", "bfloat16", "float32"], default=["float16", "bfloat16"]
     )
     parser.add_argument("--shift", action=argparse.BooleanOptionalAction, help="only shifted windows, or none")
     parser.add_argument("--padded", action="store_true", help="images that the window does not divide, with pad_kv")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows and the failures there")
     arguments = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
