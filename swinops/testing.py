@@ -24,9 +24,11 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(actual: Tensor, plain: Tensor, exact: Tensor) -> Accuracy:
-    """Compare ``actual`` with the float64 result ``exact``, allowing for the error of plain PyTorch in its dtype, ``plain``.
+    """Compare ``actual`` with the float64 result ``exact``, allowing for plain PyTorch's error in its dtype.
 
         max|actual - exact| <= 2 * max|plain - exact| + eps(dtype) * max|exact|
+
+    ``plain`` is what plain PyTorch makes of the same inputs in the same dtype.
 
     Raises:
         AssertionError: shapes or dtypes differ, or ``exact`` is not float64.
@@ -56,10 +58,9 @@ def differentiate(f: Callable[..., Tensor], tensors: Mapping[str, Tensor | None]
     leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in tensors.items()}
     wanted = {f"d{name}": x for name, x in leaves.items() if x is not None}
     out = f(**leaves)
-    return {
-        "out": out.detach(),
-        **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dout), strict=True)),
-    }
+    # zero where nothing depends on a tensor, as on pad_kv without pads
+    grads = torch.autograd.grad(out, list(wanted.values()), dout, materialize_grads=True)
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
 def accuracies(
