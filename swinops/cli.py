@@ -12,6 +12,7 @@ import torch
 import swinops
 from swinops import backends, reference
 from swinops.backends import cuda
+from swinops.benchmarks import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     info_parser = commands.add_parser("info", help="versions, the GPU, and which backends can run here")
     info_parser.add_argument("--json", action="store_true", help="the same as JSON")
     info_parser.set_defaults(run=info)
+
+    bench_parser = commands.add_parser(
+        "bench", help="a photograph before and after patch, then everything side by side"
+    )
+    command.add_arguments(bench_parser)
 
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
