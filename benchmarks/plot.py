@@ -1,6 +1,7 @@
 """One picture of a run: how many times faster than plain PyTorch each op is, and than timm the model."""
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,8 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
 
     facts = op_rows[0]
     figure.text(0.02, 1 - 0.28 / height, facts["device"], size=13, weight="bold", color=INK, va="center")
-    about = (
-        f"{facts['dtype']} · torch {facts['torch']} · triton {facts['triton'] or 'none'} · swinops {facts['commit']}"
-    )
-    figure.text(0.02, 1 - 0.53 / height, about, size=9, color=PALE, va="center")
+    versions = f"torch {facts['torch']} · triton {facts['triton'] or 'none'} · commit {facts['commit']}"
+    figure.text(0.02, 1 - 0.53 / height, f"{facts['dtype']} · {versions}", size=9, color=PALE, va="center")
     note = "dot: median of the ratios within each round · line: 20th to 80th percentile · further right is faster"
     figure.text(0.98, 1 - 0.53 / height, note, size=9, color=PALE, va="center", ha="right")
 
@@ -63,7 +62,8 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
     for column, mode in enumerate(modes):
         axes = figure.add_axes((0.30 + 0.35 * column, 0.45 / height, 0.33, models_height / height))
         first = model_rows[0]
-        title = f"{first['model']}\nbatch {first['infer_batch_size']}, {first['infer_img_size']} x {first['infer_img_size']}"
+        size = first["infer_img_size"]
+        title = f"{first['model']}\nbatch {first['infer_batch_size']}, {size} x {size}"
         lines = [(None, title, None), *((row["impl"], row["impl"], row) for row in model_rows)]
         speed = f"{mode}_samples_per_sec"
         ratios(
@@ -87,7 +87,7 @@ def ratios(
     value: str,
     status: str,
 ) -> None:
-    """Dots with their spread, from top to bottom; a line without a row is a heading. ``named``: with names on the left."""
+    """Dots with their spread from top to bottom, names on the left if ``named``; a line without a row is a heading."""
     positions, y = [], 0.0
     for name, _, _ in lines:
         y += 2.4 if name is None else 1.0
@@ -113,22 +113,14 @@ def ratios(
             continue
         colour = COLOURS.get(name, INK)
         if row[value] is None or not row[key]:
-            axes.text(
-                1.03,
-                position,
-                row[status] if row[value] is None else label(row),
-                size=7.5,
-                color="#b91c1c",
-                va="center",
-            )
+            words = row[status] if row[value] is None else label(row)
+            axes.text(1.03, position, textwrap.shorten(words, 60), size=7.5, color="#b91c1c", va="center")
             continue
-        axes.plot(
-            [row[f"{key}_p20"], row[f"{key}_p80"]], [position] * 2, color=colour, linewidth=3, solid_capstyle="butt"
-        )
+        ends = [row[f"{key}_p20"], row[f"{key}_p80"]]
+        axes.plot(ends, [position] * 2, color=colour, linewidth=3, solid_capstyle="butt")
         axes.plot(row[key], position, "o", color=colour, markersize=6.5, markeredgecolor="white", zorder=3)
-        end = max(row[f"{key}_p80"], row[key])
         axes.annotate(
-            f"{row[key]:.2f}  ({label(row)})", (end, position), (7, 0), textcoords="offset points",
+            f"{row[key]:.2f}  ({label(row)})", (ends[1], position), (7, 0), textcoords="offset points",
             size=7.5, color=INK, va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
     names = [text if name and named else "" for name, text, _ in lines]

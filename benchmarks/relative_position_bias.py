@@ -26,8 +26,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         definition = functools.partial(reference.relative_position_bias, window=[window] * 2)
         ours = functools.partial(swinops.relative_position_bias, window_size=window)
         contenders = implementations("relative_position_bias", table, definition, ours, settings)
-        moved = table.nbytes + dbias.nbytes  # the table in, the bias out; backward: their gradients, the same way back
-        yield Case(
-            "relative_position_bias", f"window {window}, {heads} heads", {"table": table}, dbias, definition, contenders,
-            {FORWARD: moved, BOTH: 2 * moved},
-        )  # fmt: skip
+        # the table in, the bias out; backward: their gradients, the same way back
+        once = table.nbytes + dbias.nbytes
+        moved = {FORWARD: once, BOTH: 2 * once}
+        shape = f"window {window}, {heads} heads"
+        yield Case("relative_position_bias", shape, {"table": table}, dbias, definition, contenders, moved)

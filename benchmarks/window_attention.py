@@ -1,7 +1,7 @@
 """Shifted-window attention, from the QKV projection's output in image layout back to image layout.
 
-The peers get k and v in windows already, for nothing: timm rolls and partitions one tensor of C channels before its projection, and
-here that is q. So each side pays for what it does around its attention, and the results are those of the same function.
+The peers get k and v in windows already, for nothing: timm rolls and partitions one tensor of C channels before its
+projection, and here that is q. So each side pays for what it does around its attention, and all compute one function.
 """
 
 import functools
@@ -47,9 +47,9 @@ def shapes(settings: Settings) -> list[Shape]:
     if settings.device.type == "cpu":
         return [Shape(1, (28, 28), 6, 7, 3), Shape(1, (30, 26), 6, 7, 3)]
     # the four stages of Swin-T at 224, with and without a shift, and one image size that the window does not divide
-    stages = [
-        Shape(128, (56 >> s, 56 >> s), 3 << s, 7, shift) for s in range(4) for shift in ((0, 3) if s < 3 else (0,))
-    ]
+    stages = []
+    for s in range(4):
+        stages += [Shape(128, (56 >> s, 56 >> s), 3 << s, 7, shift) for shift in ((0, 3) if s < 3 else (0,))]
     stages.append(Shape(128, (60, 60), 3, 7, 3))
     larger = [Shape(128, (64, 64), 3, 8, 4), Shape(32, (96, 96), 4, 12, 6), Shape(64, (64, 64), 3, 16, 8)]
     return stages + [*larger, Shape(32, (96, 96), 3, 24, 12)] * settings.full
@@ -168,7 +168,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         found = implementations("window_attention", q, plain, ours, settings, pack=pack_qkv, unpack=unpack_qkv)
         found |= peers(shape, q, settings)
         unit = math.prod(q.shape) * q.itemsize
-        # forward: q, k, v in, out out; backward: dout, q, k, v in, dq, dk, dv out. The bias and the log-sum-exp are small.
+        # forward: q, k, v in, out out; backward: dout, q, k, v in, dq, dk, dv out; bias and log-sum-exp are small
         moved = {FORWARD: 4 * unit, BOTH: 11 * unit}
         tensors = {"q": q, "k": k, "v": v, "bias": bias, "pad_kv": pad_kv}
         yield Case("window_attention", str(shape), tensors, dout, plain, found, moved)

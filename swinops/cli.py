@@ -23,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info_parser.add_argument("--json", action="store_true", help="the same as JSON")
     info_parser.set_defaults(run=info)
 
-    bench_parser = commands.add_parser(
-        "bench", help="a photograph before and after patch, then everything side by side"
-    )
+    bench_parser = commands.add_parser("bench", help="a photograph before and after patch, then timings")
     command.add_arguments(bench_parser)
 
     arguments = parser.parse_args(argv)
