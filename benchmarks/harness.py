@@ -383,8 +383,8 @@ def op_row(case: Case, direction: str, name: str, outcome: Outcome, settings: Se
 def op_cells(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "": row["impl"],
-        "ms": shown(row["median_ms"], "{:.3f}", row["status"]),
-        "20-80%": shown(row["p20_ms"], "{:.3f}") + "-" + shown(row["p80_ms"], "{:.3f}") if row["median_ms"] else "",
+        "ms": shown(row["median_ms"], "{:.3g}", row["status"]),
+        "20-80%": f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}" if row["median_ms"] else "",
         f"times {BASELINE}": with_range(row, "ratio"),
         "% of copy": shown(row["floor_percent"], "{:.0f}"),
         "peak MB": shown(row["peak_mem_mb"], "{:.0f}"),

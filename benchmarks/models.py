@@ -32,6 +32,7 @@ from swinops.benchmarks.harness import (
     number,
     shown,
     table,
+    why_not_timed,
     with_range,
 )
 from swinops.testing import accuracy
@@ -46,7 +47,8 @@ CHUNK = 16  # images at a time in float64, whose scores are large
 def import_timm() -> ModuleType:
     """timm, also beside a CPU torch whose torchvision was compiled for CUDA and cannot be imported otherwise."""
     spec = importlib.util.find_spec("torchvision")
-    if torch.version.cuda is None and spec is not None and spec.origin is not None:
+    defined = hasattr(torch.ops.torchvision, "nms")
+    if torch.version.cuda is None and not defined and spec is not None and spec.origin is not None:
         try:
             torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
         except OSError:
@@ -180,7 +182,7 @@ def demonstrate(model: nn.Module, title: str, random: bool, settings: Settings) 
     height, width = model.patch_embed.img_size
     model = copy.deepcopy(model).to(settings.device, settings.dtype)
     x = photograph(height, width).to(settings.device, settings.dtype)
-    runs = [name for name in backends.MODULES if backends.why_not(name, x, "window_attention") is None]
+    runs = [name for name in backends.MODULES if why_not_timed(name, x, "window_attention") is None]
     settings.bar.set_description("a photograph, before and after patch")
     found = logits_on_photograph(model, x, ["auto", *runs])
     settings.bar.update(1)
@@ -191,6 +193,10 @@ def demonstrate(model: nn.Module, title: str, random: bool, settings: Settings) 
 
 def demonstrate_interpreted(settings: Settings) -> bool:
     """The same on a CPU with the Triton kernels in their interpreter, in a process that starts with it."""
+    if importlib.util.find_spec("triton") is None:
+        settings.bar.update(1)
+        settings.say("\nTriton is not installed: its kernels are not interpreted")
+        return True
     settings.bar.set_description("the Triton kernels, interpreted")
     command = [sys.executable, "-c", "from swinops.benchmarks import models; models.interpreted()"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
