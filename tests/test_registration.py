@@ -1,0 +1,270 @@
+"""What torch asks of an operator beyond its numbers, for every op: one row of ``OPS`` each."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from swinops import relative_position_bias, window_attention, window_attention_qkvpacked, window_merge, window_partition
+from swinops.testing import random_tensor
+
+# modules whose forward TorchScript and fx understand: the op itself, for public functions check shapes in Python
+
+
+class Partition(nn.Module):
+    def __init__(self, backend: str, device: torch.device):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, x):
+        return torch.ops.swinops.window_partition(x, [2, 3], [1, 1], self.backend)
+
+    def public(self, x):
+        return window_partition(x, (2, 3), 1, backend=self.backend)
+
+
+class Merge(Partition):
+    """An image's memory, taken for windows: as many of them as there are in an image of that size."""
+
+    def forward(self, x):
+        windows = x.reshape(-1, 2, 3, x.size(-1))
+        return torch.ops.swinops.window_merge(windows, [x.size(1), x.size(2)], [1, 1], self.backend)
+
+    def public(self, x):
+        return window_merge(x.reshape(-1, 2, 3, x.shape[-1]), x.shape[1:-1], 1, backend=self.backend)
+
+
+class Attention(nn.Module):
+    def __init__(self, backend: str, device: torch.device):
+        super().__init__()
+        self.backend = backend
+        self.bias = nn.Parameter(random_tensor((2, 6, 6), 1, device=device))
+        self.pad_kv = nn.Parameter(random_tensor((2, 2, 5), 2, device=device))
+
+    def forward(self, x):
+        q, k, v = x.unbind(3)
+        return torch.ops.swinops.window_attention(
+            q, k, v, self.bias, self.pad_kv, [2, 3], [1, 1], None, "roll_pad", -100.0, self.backend
+        )[0]
+
+    def settings(self):
+        return dict(window_size=(2, 3), shift_size=1, pad_kv=self.pad_kv, pad_order="roll_pad", backend=self.backend)
+
+    def public(self, x):
+        return window_attention(*x.unbind(3), self.bias, **self.settings())
+
+
+class PackedAttention(Attention):
+    def forward(self, x):
+        return torch.ops.swinops.window_attention_qkvpacked(
+            x, self.bias, self.pad_kv, [2, 3], [1, 1], None, "roll_pad", -100.0, self.backend
+        )[0]
+
+    def public(self, x):
+        return window_attention_qkvpacked(x, self.bias, **self.settings())
+
+
+class PositionBias(Partition):
+    def forward(self, x):
+        return torch.ops.swinops.relative_position_bias(x, [2, 3], self.backend)
+
+    def public(self, x):
+        return relative_position_bias(x, (2, 3), backend=self.backend)
+
+
+def image(height, width, batch, device):
+    return random_tensor((batch, height, width, 5), 0, device=device)
+
+
+def packed(height, width, batch, device):
+    # sizes that the window does not divide, so that there are pads
+    return random_tensor((batch, height - 1, width + 1, 3, 2, 5), 0, device=device)
+
+
+def table(height, width, batch, device):
+    return random_tensor((15, height + batch), 0, device=device)
+
+
+# op -> module, input of a size and batch, axis that batch or heads lie on
+OPS = {
+    "window_partition": (Partition, image, 0),
+    "window_merge": (Merge, image, 0),
+    "window_attention": (Attention, packed, 0),
+    "window_attention_qkvpacked": (PackedAttention, packed, 0),
+    "relative_position_bias": (PositionBias, table, 1),
+}
+SIZES = [(4, 6), (6, 9), (8, 12), (2, 15)]
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def make(op, backend, device, size=(4, 6), batch=1):
+    module, inputs, _ = OPS[op]
+    return module(backend, device), inputs(*size, batch, device)
+
+
+def results(f, module, x):
+    """Output of ``f``, and gradients of ``x`` and of the module's parameters."""
+    x = x.detach().requires_grad_()
+    out = f(x)
+    weight = random_tensor(out.shape, 7, out.dtype, out.device)
+    return [out, *torch.autograd.grad(out, [x, *module.parameters()], weight)]
+
+
+def assert_equal(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_op
+def test_registration(op, backend, device):
+    module, x = make(op, backend, device)
+    attention = {"bias": torch.float32, "pad_kv": torch.float32}
+    calls = {
+        "window_partition": lambda x: (x, [2, 3], [1, 1], backend),
+        "window_merge": lambda x: (x.reshape(-1, 2, 3, 5), [4, 6], [1, 1], backend),
+        "relative_position_bias": lambda x: (x, [2, 3], backend),
+        "window_attention": lambda x: (*x.unbind(3), *parameters, [2, 3], [1, 1], None, "roll_pad", -100.0, backend),
+        "window_attention_qkvpacked": lambda x: (x, *parameters, [2, 3], [1, 1], 0.3, "pad_roll", -100.0, backend),
+    }
+    parameters = [p.detach().requires_grad_() for p in module.parameters()] or [None] * len(attention)
+    torch.library.opcheck(getattr(torch.ops.swinops, op), calls[op](x.requires_grad_()))
+
+
+@pytest.mark.parametrize("grads", [(True, True), (False, False)], ids=str)
+@pytest.mark.parametrize("op", ["window_attention", "window_attention_qkvpacked", "relative_position_bias"])
+def test_registration_of_backward(op, grads, backend, device):
+    """The backward is an op too. Its own gradient is checked by test_second_order, where it is not an error."""
+    module, x = make(op, backend, device)
+    checks = ("test_schema", "test_faketensor")
+    if op == "relative_position_bias":
+        dbias = module(x)
+        torch.library.opcheck(
+            torch.ops.swinops.relative_position_bias_backward, (dbias, [2, 3], backend), test_utils=checks
+        )
+        return
+    settings = (*(p.detach() for p in module.parameters()), [2, 3], [1, 1], None, "roll_pad", -100.0, backend)
+    inputs = (x,) if op.endswith("packed") else x.unbind(3)
+    out, lse = getattr(torch.ops.swinops, op)(*inputs, *settings)
+    backward = getattr(torch.ops.swinops, f"{op}_backward")
+    torch.library.opcheck(backward, (torch.ones_like(out), out, lse, *grads, *inputs, *settings), test_utils=checks)
+
+
+@every_op
+@pytest.mark.parametrize("public", [False, True], ids=["op", "function"])
+def test_compiles_without_graph_break(public, op, backend, device):
+    """Forward and backward. Four sizes that differ in both axes make at most two graphs: one static, one dynamic."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module, _ = make(op, backend, device)
+    f = module.public if public else module
+    compiled = torch.compile(f, backend=counter, fullgraph=True)
+    for size in SIZES:
+        _, x = make(op, backend, device, size)
+        assert_equal(results(compiled, module, x), results(f, module, x))
+    assert counter.frame_count <= 2
+
+
+@every_op
+def test_script(op, backend, device):
+    module, x = make(op, backend, device)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for size in SIZES[:2]:
+        _, x = make(op, backend, device, size)
+        assert_equal(results(loaded, loaded, x), results(module, module, x))
+
+
+@every_op
+def test_fx(op, backend, device):
+    module, _ = make(op, backend, device)
+    traced = torch.fx.symbolic_trace(module)
+    assert any(op in str(node.target) for node in traced.graph.nodes)
+    for size in SIZES[:2]:
+        _, x = make(op, backend, device, size)
+        assert_equal(results(traced, traced, x), results(module, module, x))
+
+
+@every_op
+def test_export_dynamic_batch(op, backend, device):
+    """Exported at one batch size, saved, loaded and run at others."""
+    module, x = make(op, backend, device, batch=2)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(module, (x,), dynamic_shapes=({OPS[op][2]: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for n in (1, 2, 3):
+        _, x = make(op, backend, device, batch=n)
+        assert torch.equal(loaded(x), module(x))
+
+
+@every_op
+def test_autocast(op, backend, device):
+    """q, k and v are cast; bias and pad_kv are not, nor is what only moves. Gradients have the dtype of what they belong to."""
+    module, x = make(op, backend, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        out, *grads = results(module, module, x)
+    assert [g.dtype for g in grads] == [torch.float32] * len(grads)
+    if "attention" not in op:
+        assert_equal([out, *grads], results(module, module, x))
+        return
+    assert out.dtype == torch.bfloat16
+    assert_equal([out, *grads], results(lambda x: module(x.bfloat16()), module, x))
+    # a bias rounded to bfloat16 would show: 300 and 300.4 are the same there
+    with torch.no_grad():
+        module.bias.add_(300)
+        with torch.autocast(device.type, torch.bfloat16):
+            out = module(x)
+        assert torch.equal(out, module(x.bfloat16()))
+        module.bias.copy_(module.bias.bfloat16())
+        assert not torch.equal(out, module(x.bfloat16()))
+
+
+@pytest.mark.parametrize("op", ["window_attention", "window_attention_qkvpacked"])
+def test_autocast_leaves_float64(op, device):
+    module, x = make(op, "reference", device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert module(x.double()).dtype == torch.float64
+
+
+@every_op
+def test_functional_call(op, backend, device):
+    """The module with other parameters than its own, and their gradients."""
+    module, x = make(op, backend, device)
+    other = {name: (2 * p).detach().requires_grad_() for name, p in module.named_parameters()}
+    out = torch.func.functional_call(module, other, (x,))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(2)
+    expected = module(x)
+    assert torch.equal(out, expected)
+    if other:
+        grads = (
+            torch.autograd.grad(y.sum(), p)
+            for y, p in ((out, list(other.values())), (expected, list(module.parameters())))
+        )
+        assert_equal(*grads)
+
+
+@every_op
+def test_checkpoint(op, backend, device):
+    """Activation checkpointing runs the op again in backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    module, x = make(op, backend, device)
+    assert_equal(results(lambda x: checkpoint(module, x, use_reentrant=False), module, x), results(module, module, x))
+
+
+@every_op
+def test_meta(op, device):
+    """Shapes without data, as ``accelerate`` and FLOP counters ask for them."""
+    module, x = make(op, "auto", device)
+    meta = module.to("meta")(x.to("meta"))
+    real = OPS[op][0]("reference", device)(x)
+    assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
