@@ -75,8 +75,11 @@ def create(name: str, img_size: int, checkpoint: str | None = None, **options: A
         raise ValueError(f"--model must be one of timm's Swin models ({known[0]}, ...), got {name!r}")
     try:
         model = timm.create_model(name, img_size=img_size, pretrained=False, drop_path_rate=0.0, **options).eval()
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"--img-size {img_size} does not fit {name}: {error}") from error
+    patch = model.patch_embed.patch_size[0]
+    if img_size % patch != 0:
+        raise ValueError(f"--img-size {img_size} does not fit {name}: it must be a multiple of the patch size {patch}")
     if checkpoint is None:
         return randomise(model)
     try:

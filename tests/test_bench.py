@@ -1,0 +1,310 @@
+"""The harness, and ``swinops bench --quick`` from end to end."""
+
+import csv
+import functools
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+
+from swinops import testing
+from swinops.benchmarks import harness, window_attention
+from swinops.benchmarks.harness import BOTH, FORWARD, Case, Contender, Implementation, Settings
+from swinops.cli import main
+
+BAR = SimpleNamespace(update=lambda step: None, set_description=lambda text: None)
+
+
+def settings(**options):
+    device = torch.device("cpu")
+    return Settings(device, torch.float32, harness.make_clock(device), BAR, quick=True, **options)
+
+
+class ScriptedClock:
+    """Each implementation returns what its call takes, in seconds."""
+
+    shortest = 0.0
+
+    def run(self, f, calls):
+        return f()
+
+    def read(self, mark):
+        return mark
+
+    def peak(self, f):
+        return None
+
+    def recover(self):
+        pass
+
+
+def test_spread():
+    assert harness.spread([3.0]) == (3.0, 3.0, 3.0)
+    assert harness.spread([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == (3.5, 2.0, 5.0)
+
+
+def test_ratios_are_taken_within_a_round():
+    baseline, other = [2.0, 2.0, 20.0], [1.0, 1.0, 10.0]
+    assert harness.paired_ratio(baseline, other) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError):
+        harness.paired_ratio(baseline, other[:2])
+
+
+def test_a_round_runs_everything_once():
+    seen = []
+
+    def runner(name, times):
+        times = iter(times)
+
+        def run():
+            seen.append(name)
+            return next(times)
+
+        return run
+
+    # a warm-up and an estimate, then the rounds
+    runs = {"slow": runner("slow", [9, 9, 2, 4, 6]), "fast": runner("fast", [9, 9, 1, 2, 3])}
+    shared = settings()
+    shared.clock = ScriptedClock()
+    times = harness.race(runs, {name: harness.Outcome("ok") for name in runs}, shared)
+    assert times["slow"] == {"slow": [2, 4, 6], "fast": [1, 2, 3]}
+    rounds = [seen[i : i + 2] for i in range(4, len(seen), 2)]
+    assert len(rounds) == 3 and all(sorted(each) == ["fast", "slow"] for each in rounds)
+
+
+def scaled(x, by):
+    return by * x * x
+
+
+def case(**others):
+    x, dout = testing.random_tensor((4, 5), 0), testing.random_tensor((4, 5), 1)
+    definition = functools.partial(scaled, by=3.0)
+    runs = {"pytorch": Implementation(definition)}
+    runs |= {name: each if isinstance(each, Implementation) else Implementation(each) for name, each in others.items()}
+    return Case("square", "4 x 5", {"x": x}, dout, definition, runs, {FORWARD: 160, BOTH: 320})
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x * x
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout
+
+
+def test_a_wrong_implementation_is_not_timed():
+    printed = []
+    contenders = {"wrong": functools.partial(scaled, by=3.001), "gradient": WrongGradient.apply}
+    rows = harness.measure([case(**contenders)], settings(say=printed.append))
+    found = {(row["impl"], row["direction"]): row for row in rows}
+    for key in (("wrong", FORWARD), ("wrong", BOTH), ("gradient", BOTH)):
+        assert found[key]["status"] == "wrong" and found[key]["median_ms"] is None and found[key]["ratio"] is None
+        assert found[key]["error"] > found[key]["allowed"] > 0
+    assert any(line.split() == ["wrong", "wrong"] for line in printed[1].splitlines())
+    assert found["gradient", FORWARD]["status"] == "ok"
+    assert found["pytorch", BOTH]["status"] == "ok" and found["pytorch", BOTH]["ratio"] == 1.0
+
+
+def test_a_wrong_implementation_runs_once():
+    calls = []
+
+    def wrong(x):
+        calls.append(1)
+        return -x
+
+    harness.compare(
+        [Implementation(wrong).contender("wrong", case(), FORWARD)], case().expected(FORWARD), settings(), "wrong"
+    )
+    assert len(calls) == 1
+
+
+def test_nan_is_wrong():
+    rows = harness.measure([case(nan=lambda x: x * float("nan"))], settings(say=lambda text: None))
+    assert {row["status"] for row in rows if row["impl"] == "nan"} == {"wrong"}
+
+
+def test_errors_become_reasons():
+    printed = []
+
+    def fails(x):
+        raise RuntimeError("this GPU is too old\nand pages of details")
+
+    def memory(x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    later = iter(range(1000))
+
+    def fails_later(x):
+        if next(later) > 1:
+            raise ValueError("only sometimes")
+        return scaled(x, 3.0)
+
+    rows = harness.measure([case(fails=fails, memory=memory, later=fails_later)], settings(say=printed.append))
+    status = {row["impl"]: row["status"] for row in rows if row["direction"] == FORWARD}
+    assert status == {
+        "pytorch": "ok",
+        "fails": "RuntimeError: this GPU is too old",
+        "memory": "out of memory",
+        "later": "ValueError: only sometimes",
+    }
+    assert "out of memory" in "\n".join(printed)
+
+
+def test_without_the_baseline_there_are_times_and_no_ratios():
+    broken = case(other=functools.partial(scaled, by=3.0))
+    del broken.implementations["pytorch"]
+    row = harness.measure([broken], settings(say=lambda text: None))[0]
+    assert row["median_ms"] > 0 and row["ratio"] is None
+
+
+def test_layouts_are_made_outside_of_the_timing():
+    """``pack`` runs once, and what ``unpack`` returns is checked in the case's own layout."""
+    packed = []
+
+    def pack(tensors):
+        packed.append(1)
+        return {"y": tensors["x"].t()}
+
+    other = Implementation(lambda y: scaled(y.t(), 3.0), pack, lambda results: {**results, "dx": results["dy"].t()})
+    rows = harness.measure([case(other=other)], settings(say=lambda text: None))
+    assert {row["status"] for row in rows} == {"ok"} and len(packed) == 2
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("peer", ["timm_attention", "sdpa_attention", "flex_attention"])
+def test_peers_compute_the_same(monkeypatch, peer, shift):
+    shape = window_attention.Shape(2, (14, 21), 2, 7, shift, 16)
+    q, k, v, bias, _, dout = testing.attention_inputs((14, 21), (7, 7), batch=2, heads=2, head_dim=16)
+    shared = settings()
+    attention = getattr(window_attention, peer)
+    monkeypatch.setattr(window_attention, "timm_attention", attention)
+    found = window_attention.peers(shape, q, shared)["timm"]
+    plain = functools.partial(window_attention.definition, window=7, shift=shift)
+    tensors = {"q": q, "k": k, "v": v, "bias": bias, "pad_kv": None}
+    this = Case("window_attention", str(shape), tensors, dout, plain, {}, {FORWARD: 0, BOTH: 0})
+    # FlexAttention has no backward on a CPU
+    direction = FORWARD if peer == "flex_attention" else BOTH
+    _, results = found.contender(peer, this, direction).build()
+    assert harness.check(results(), this.expected(direction)).ok
+
+
+def test_columns(tmp_path):
+    rows = harness.measure([case()], settings(say=lambda text: None, bandwidth=1e9))
+    path = tmp_path / "new" / "ops.csv"
+    harness.write_csv(path, rows)
+    with path.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    wanted = "op shape direction impl status median_ms p20_ms p80_ms ratio ratio_p20 ratio_p80 baseline"
+    wanted += " bytes floor_percent peak_mem_mb dtype compile device torch triton commit"
+    assert set(wanted.split()) <= set(read[0])
+    assert [float(row["median_ms"]) for row in read] == [row["median_ms"] for row in rows]
+    assert float(read[0]["p20_ms"]) <= float(read[0]["median_ms"]) <= float(read[0]["p80_ms"])
+    assert read[0]["torch"] == torch.__version__ and read[0]["commit"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "ops.csv"
+    harness.write_csv(path, [{"a": 1}])
+    with pytest.raises(ValueError):
+        harness.write_csv(path, [{"a": 2}, {"a": 3, "b": 4}])
+    assert path.read_text() == "a\n1\n"
+
+
+def test_cuda_clock(monkeypatch):
+    """Its calls in order, on a stand-in for the GPU: the cache is written over before the first event."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    fake = SimpleNamespace(
+        Event=Event, get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1 << 20),
+        synchronize=lambda: None, reset_peak_memory_stats=lambda: None, empty_cache=lambda: None,
+        memory_allocated=lambda: 1 << 20, max_memory_allocated=lambda: 3 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(harness.torch, "cuda", fake)
+    cache = SimpleNamespace(zero_=lambda: log.append("flush"))
+    monkeypatch.setattr(harness.torch, "empty", lambda *size, **options: cache)
+    clock = harness.CUDAClock(torch.device("cuda"))
+    mark = clock.run(lambda: log.append("call"), 1)
+    assert log == ["flush", "event", "call", "event"]
+    assert clock.read(mark) == 2.5e-3 and log[-1] == "synchronize"
+    assert clock.peak(lambda: None) == 2.0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-b", "0"], "must be a positive integer, got '0'"),
+        (["--model", "resnet50"], "--model must be one of timm's Swin models"),
+        (["--img-size", "3", "--model", "swin_tiny_patch4_window7_224"], "--img-size 3 does not fit"),
+        (["--checkpoint", "/nowhere/model.pth"], "--checkpoint /nowhere/model.pth cannot be loaded"),
+        (["--torchcompile-mode", "fastest"], "--torchcompile-mode must be one of"),
+        (["--results-file", "rows.xlsx"], "--results-file must end in .csv or .json"),
+    ],
+)
+def test_rejects_bad_arguments(arguments, words, capsys, tmp_path):
+    for needed in ("matplotlib", "PIL", "timm"):
+        pytest.importorskip(needed)
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", "--quick", "--output", str(tmp_path), *arguments])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in message
+
+
+def test_contender_is_compiled_for_the_record():
+    assert Contender("x", lambda: None).compile == ""
+    assert Implementation(scaled, compile="default").contender("x", case(), FORWARD).compile == "default"
+
+
+def test_quick(tmp_path):
+    """Everything runs, files are there, patched logits are timm's and the interpreted kernels ran."""
+    for needed in ("matplotlib", "PIL", "timm"):
+        pytest.importorskip(needed)
+    from PIL import Image
+
+    command = [sys.executable, "-m", "swinops", "bench", "--quick", "--json", "--output", str(tmp_path / "out")]
+    command += ["--results-file", str(tmp_path / "models.json")]
+    # one thread: beside other tests two only wait for each other
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["op"] for row in rows["ops"]} == {
+        "window_partition", "window_merge", "relative_position_bias", "window_attention"
+    }  # fmt: skip
+    assert {row["status"] for row in rows["ops"]} == {"ok"}
+    assert [row["impl"] for row in rows["models"]] == ["timm", "timm-compiled", "patched", "patched-compiled"]
+    assert all(row["infer_samples_per_sec"] > 0 for row in rows["models"])
+    assert not any("triton" in row["impl"] for row in rows["ops"] if "cpu" in row["torch"])
+    assert json.loads((tmp_path / "models.json").read_text()) == rows["models"]
+    for name, count in (("ops.csv", len(rows["ops"])), ("models.csv", len(rows["models"]))):
+        with (tmp_path / "out" / name).open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == count
+    with Image.open(tmp_path / "out" / "bench.png") as image:
+        image.verify()
+        assert image.size[0] > 1000
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.png", "models.csv", "ops.csv"]
+    assert "100%" in done.stderr and "WRONG" not in done.stderr
+    if not torch.cuda.is_available():
+        assert "the attention kernels were launched 4 times" in done.stderr
