@@ -103,7 +103,9 @@ def _copy(x: Tensor, windows: Tensor, window: Sequence[int], shift: Sequence[int
     block_c = min(triton.next_power_of_2(C), 256)
     block_t = max(1, 4096 // block_c)
     # moved as integers, which every dtype has and which keeps NaN payloads
-    x, windows = (y.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[y.itemsize]) for y in (x, windows))
+    x, windows = (
+        y.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[y.itemsize]) for y in (x, windows)
+    )
     with on_device(x):
         _shift_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(C, block_c))](
             x, windows, three(x.shape[1:-1], 1), C, tokens, image_strides(x, axes), image_strides(windows, axes),

@@ -19,7 +19,13 @@ def _expand_kernel(
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     di, hi, wi = window_tokens(pair // N, WINDOW)
     dj, hj, wj = window_tokens(pair % N, WINDOW)
-    row = ((di - dj + WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + hi - hj + WINDOW[1] - 1) * (2 * WINDOW[2] - 1) + wi - wj + WINDOW[2] - 1
+    row = (
+        ((di - dj + WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + hi - hj + WINDOW[1] - 1) * (2 * WINDOW[2] - 1)
+        + wi
+        - wj
+        + WINDOW[2]
+        - 1
+    )
     mask = pair < N * N
     value = tl.load(table_ptr + row.to(tl.int64) * row_stride + head * head_stride, mask)
     tl.store(bias_ptr + head * (N * N) + pair, value, mask)
@@ -44,7 +50,15 @@ def _reduce_kernel(
         hj = hi[None, :] - (oh - (WINDOW[1] - 1))[:, None]
         wj = wi[None, :] - (ow - (WINDOW[2] - 1))[:, None]
         j = (dj * WINDOW[1] + hj) * WINDOW[2] + wj
-        mask = (i < N)[None, :] & (dj >= 0) & (dj < WINDOW[0]) & (hj >= 0) & (hj < WINDOW[1]) & (wj >= 0) & (wj < WINDOW[2])
+        mask = (
+            (i < N)[None, :]
+            & (dj >= 0)
+            & (dj < WINDOW[0])
+            & (hj >= 0)
+            & (hj < WINDOW[1])
+            & (wj >= 0)
+            & (wj < WINDOW[2])
+        )
         pairs = i[None, :].to(tl.int64) * query_stride + j.to(tl.int64) * key_stride
         total += tl.sum(tl.load(dbias_ptr + head * head_stride + pairs, mask, other=0.0).to(tl.float32), 1)
     tl.store(dtable_ptr + row.to(tl.int64) * heads + head, total, row < ROWS)

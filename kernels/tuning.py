@@ -22,7 +22,9 @@ class Config(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        return {n: v for n, v in self._asdict().items() if n not in ("whole", "per_sm", "BLOCK_M" if self.whole else "")}
+        return {
+            n: v for n, v in self._asdict().items() if n not in ("whole", "per_sm", "BLOCK_M" if self.whole else "")
+        }
 
     def programs(self, x: Tensor, items: int, heads: int) -> int:
         """Programs a head that share ``items`` evenly and fill the device with ``per_sm`` blocks on each multiprocessor."""
@@ -33,20 +35,45 @@ class Config(NamedTuple):
 MANY = 1 << 20
 # kernel, oldest architecture, most tokens, largest BLOCK_D, largest element, configuration
 ROWS = (
-    ("forward", 80, 16, 64, 4, Config(0, 16, 1, 2, 16, True)),
-    ("forward", 80, 32, 64, 4, Config(0, 32, 2, 2, 8, True)),
+    ("forward", 80, 16, 64, 4, Config(0, 16, 1, 1, 16, True)),
+    ("forward", 80, 32, 64, 4, Config(0, 32, 2, 1, 8, True)),
+    ("forward", 100, 64, 64, 2, Config(0, 64, 4, 1, 4, True)),
     ("forward", 80, 64, 64, 2, Config(0, 64, 4, 2, 4, True)),
-    ("forward", 80, 64, 32, 4, Config(0, 64, 4, 1, 4, True)),
-    ("forward", 80, MANY, 256, 4, Config(64, 32, 4, 1, MANY)),
-    ("backward", 80, 64, 32, 2, Config(0, 64, 8, 1, 2, True)),
-    ("backward", 80, MANY, 256, 4, Config(0, 0, 0, 0, 0)),
-    ("dq", 80, MANY, 256, 4, Config(64, 32, 4, 1, MANY)),
-    ("dkdv", 80, MANY, 256, 4, Config(32, 64, 4, 1, 8)),
-    ("dbias", 80, MANY, 256, 4, Config(64, 32, 4, 1, 4)),
+    ("forward", 90, 64, 32, 4, Config(0, 64, 4, 1, 3, True)),
+    ("forward", 80, 64, 32, 4, Config(0, 64, 8, 1, 2, True)),
+    ("forward", 80, 160, 64, 2, Config(64, 32, 4, 1, MANY)),
+    ("forward", 80, MANY, 64, 2, Config(64, 64, 4, 1, MANY)),
+    ("forward", 80, MANY, 128, 2, Config(64, 32, 4, 1, MANY)),
+    ("forward", 80, MANY, 32, 4, Config(32, 32, 4, 1, MANY)),
+    ("forward", 80, MANY, 64, 4, Config(32, 32, 8, 1, MANY)),
+    ("forward", 80, MANY, 256, 4, Config(16, 16, 4, 1, MANY)),
+    ("backward", 80, 16, 64, 4, Config(0, 16, 1, 1, 8, True)),
+    ("backward", 80, 32, 32, 4, Config(0, 32, 2, 1, 4, True)),
+    ("backward", 90, 64, 32, 2, Config(0, 64, 4, 2, 2, True)),
+    ("backward", 80, 64, 32, 2, Config(0, 64, 4, 1, 2, True)),
+    ("backward", 90, 64, 64, 2, Config(0, 64, 8, 1, 1, True)),
+    ("backward", 80, MANY, 256, 4, None),
+    ("dq", 80, MANY, 64, 2, Config(64, 32, 4, 1, MANY)),
+    ("dq", 80, MANY, 128, 2, Config(32, 32, 4, 1, MANY)),
+    ("dq", 80, MANY, 32, 4, Config(32, 32, 4, 1, MANY)),
+    ("dq", 80, MANY, 64, 4, Config(32, 32, 8, 1, MANY)),
+    ("dq", 80, MANY, 256, 4, Config(16, 16, 4, 1, MANY)),
+    ("dkdv", 90, MANY, 64, 2, Config(32, 64, 4, 1, 8)),
+    ("dkdv", 80, MANY, 32, 2, Config(32, 64, 4, 1, 8)),
+    ("dkdv", 80, MANY, 128, 2, Config(32, 32, 4, 1, 8)),
+    ("dkdv", 80, MANY, 32, 4, Config(32, 32, 4, 1, 8)),
+    ("dkdv", 80, MANY, 64, 4, Config(32, 32, 8, 1, 8)),
+    ("dkdv", 80, MANY, 256, 4, Config(16, 16, 4, 1, 8)),
+    ("dbias", 80, MANY, 64, 2, Config(64, 32, 4, 1, 4)),
+    ("dbias", 80, MANY, 128, 2, Config(32, 32, 4, 1, 4)),
+    ("dbias", 80, MANY, 32, 4, Config(32, 32, 4, 1, 4)),
+    ("dbias", 80, MANY, 64, 4, Config(32, 32, 8, 1, 4)),
+    ("dbias", 80, MANY, 256, 4, Config(16, 16, 4, 1, 4)),
 )
 
 
-def configure(kernel: str, x: Tensor, tokens: int) -> Config:
+def configure(kernel: str, x: Tensor, tokens: int) -> Config | None:
+    """The configuration of a kernel; None for a "backward" that takes the three kernels dq, dkdv and dbias instead of one."""
     head_dim = max(16, triton.next_power_of_2(x.shape[-1]))
     for name, arch, most_tokens, most_head_dim, most_bytes, config in ROWS:
         if (

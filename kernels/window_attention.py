@@ -16,11 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swinops.kernels.cyclic_shift import image_index, image_strides, offset, on_device, three, window_origin, window_tokens
+from swinops.kernels.cyclic_shift import (
+    image_index,
+    image_strides,
+    offset,
+    on_device,
+    three,
+    window_origin,
+    window_tokens,
+)
 from swinops.kernels.tuning import Config, configure, multiprocessors
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
-LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -67,62 +74,61 @@ def load_keys(
 
 
 @triton.jit
-def load_bias(bias_ptr, strides, head, query, key, N: tl.constexpr):
-    """Bias in base-2 units; -inf for keys past the window's end, whose probability is then zero. [queries, keys]"""
+def load_bias(bias_ptr, head, query, key, N: tl.constexpr):
+    """A tile of the bias [heads, N, N] in base-2 units; -inf for keys past the window's end: their probability is zero."""
     if bias_ptr is None:
         bias = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
     else:
-        ptrs = bias_ptr + head * strides[0] + query[:, None].to(tl.int64) * strides[1] + key[None, :].to(tl.int64) * strides[2]
+        ptrs = bias_ptr + head * (N * N) + (query[:, None] * N + key[None, :])
         bias = tl.load(ptrs, (query < N)[:, None] & (key < N)[None, :], other=0.0).to(tl.float32) * LOG2E
     return tl.where((key < N)[None, :], bias, float("-inf"))
 
 
 @triton.jit
-def axis_side(place, origin, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """Which side of the seam a token lies on, if this window is the last along a shifted axis: the seam cuts no other."""
-    if SHIFT == 0:
-        return place * 0
-    else:
-        return ((place >= WINDOW - SHIFT) & (origin + WINDOW >= size)).to(tl.int32)
-
-
-@triton.jit
-def region(t, origin, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+def far_side(t, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """The axes, one bit each, along which a token lies behind the seam in a window that the seam cuts."""
     d, h, w = window_tokens(t, WINDOW)
-    return (
-        axis_side(d, origin[0], size[0], WINDOW[0], SHIFT[0])
-        + axis_side(h, origin[1], size[1], WINDOW[1], SHIFT[1]) * 2
-        + axis_side(w, origin[2], size[2], WINDOW[2], SHIFT[2]) * 4
-    )
+    side = tl.zeros_like(t)
+    if SHIFT[0] > 0:
+        side |= tl.where(d >= WINDOW[0] - SHIFT[0], 1, 0)
+    if SHIFT[1] > 0:
+        side |= tl.where(h >= WINDOW[1] - SHIFT[1], 2, 0)
+    if SHIFT[2] > 0:
+        side |= tl.where(w >= WINDOW[2] - SHIFT[2], 4, 0)
+    return side
 
 
 @triton.jit
 def add_mask(scores, query, key, origin, size, mask_value, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
     """Add the mask in the windows that the seam cuts, the last along a shifted axis. The others skip it."""
     if SHIFT[0] + SHIFT[1] + SHIFT[2] > 0:
-        cut = (SHIFT[2] > 0) & (origin[2] + WINDOW[2] >= size[2])
-        cut |= (SHIFT[1] > 0) & (origin[1] + WINDOW[1] >= size[1])
-        cut |= (SHIFT[0] > 0) & (origin[0] + WINDOW[0] >= size[0])
-        if cut:
-            q_region = region(query, origin, size, WINDOW, SHIFT)
-            k_region = region(key, origin, size, WINDOW, SHIFT)
-            scores += tl.where(q_region[:, None] != k_region[None, :], mask_value * LOG2E, 0.0)
+        cut = tl.where(origin[0] + WINDOW[0] >= size[0], 1, 0)
+        cut |= tl.where(origin[1] + WINDOW[1] >= size[1], 2, 0)
+        cut |= tl.where(origin[2] + WINDOW[2] >= size[2], 4, 0)
+        if cut > 0:
+            q_side = far_side(query, WINDOW, SHIFT) & cut
+            k_side = far_side(key, WINDOW, SHIFT) & cut
+            scores += tl.where(q_side[:, None] != k_side[None, :], mask_value * LOG2E, 0.0)
     return scores
 
 
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A window is one tile of BLOCK_N tokens; a program loops over windows of one head."""
+    if k_strides is None:
+        k_strides = q_strides
+    if v_strides is None:
+        v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(1).to(tl.int64)
     t = tl.arange(0, BLOCK_N)
     local = window_tokens(t, WINDOW)
-    bias = load_bias(bias_ptr, bias_strides, head, t, t, N)
+    bias = load_bias(bias_ptr, head, t, t, N)
     for window in tl.range(tl.program_id(0), windows, tl.num_programs(0)):
         b, origin = window_origin(window, size, WINDOW)
         index, inside = image_index(origin, local, size, WINDOW, SHIFT, ROLL_PAD)
@@ -140,17 +146,21 @@ def _forward_kernel(
         total = tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
         store_tokens(out_ptr, out_strides, head, b, index, valid, out, HEAD_DIM, BLOCK_D)
-        tl.store(lse_ptr + head + offset(b, index, lse_strides), (top + tl.log2(total)) * LN2, valid)
+        tl.store(lse_ptr + head + offset(b, index, lse_strides), top + tl.log2(total), valid)
 
 
 @triton.jit
 def _forward_tiled_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of a window against a loop over its keys, BLOCK_N at a time, with a running maximum."""
+    if k_strides is None:
+        k_strides = q_strides
+    if v_strides is None:
+        v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(1).to(tl.int64)
@@ -169,7 +179,7 @@ def _forward_tiled_kernel(
             k, v = load_keys(
                 k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
             )  # fmt: skip
-            bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+            bias = load_bias(bias_ptr, head, query, key, N)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
             scores = add_mask(scores, query, key, origin, size, mask_value, WINDOW, SHIFT)
             new_top = tl.maximum(top, tl.max(scores, 1))
@@ -181,7 +191,7 @@ def _forward_tiled_kernel(
             out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             top = new_top
         store_tokens(out_ptr, out_strides, head, b, q_index, q_valid, out / total[:, None], HEAD_DIM, BLOCK_D)
-        tl.store(lse_ptr + head + offset(b, q_index, lse_strides), (top + tl.log2(total)) * LN2, q_valid)
+        tl.store(lse_ptr + head + offset(b, q_index, lse_strides), top + tl.log2(total), q_valid)
 
 
 @triton.jit
@@ -191,7 +201,7 @@ def probabilities(
     """Recompute a tile of probabilities. [queries, keys]"""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
     scores = add_mask(scores, query, key, origin, size, mask_value, WINDOW, SHIFT)
-    return tl.exp2(scores - (lse * LOG2E)[:, None])
+    return tl.exp2(scores - lse[:, None])
 
 
 @triton.jit
@@ -212,21 +222,25 @@ def store_pad_gradient(dpad_ptr, program, heads, head, dpad_k, dpad_v, HEAD_DIM:
 @triton.jit
 def _backward_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr, dpad_ptr,
-    dout_strides, q_strides, k_strides, v_strides, bias_strides, lse_strides, grad_strides,
+    dout_strides, q_strides, k_strides, v_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A window is one tile; a program loops over windows of one head and sums their bias gradient in registers."""
+    if k_strides is None:
+        k_strides = q_strides
+    if v_strides is None:
+        v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(1).to(tl.int64)
     t = tl.arange(0, BLOCK_N)
     local = window_tokens(t, WINDOW)
-    bias = load_bias(bias_ptr, bias_strides, head, t, t, N)
+    bias = load_bias(bias_ptr, head, t, t, N)
     dbias = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     dpad_k = tl.zeros((BLOCK_D,), tl.float32)
     dpad_v = tl.zeros((BLOCK_D,), tl.float32)
-    for window in tl.range(tl.program_id(0), windows, tl.num_programs(0)):
+    for window in tl.range(tl.program_id(0), windows, tl.num_programs(0), disable_licm=True):
         b, origin = window_origin(window, size, WINDOW)
         index, inside = image_index(origin, local, size, WINDOW, SHIFT, ROLL_PAD)
         valid = t < N
@@ -264,12 +278,16 @@ def _backward_kernel(
 @triton.jit
 def _dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
-    dout_strides, q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, grad_strides,
+    dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, in a loop over keys; and delta = sum_j p dp = sum_d out dout, which the other kernels read."""
+    if k_strides is None:
+        k_strides = q_strides
+    if v_strides is None:
+        v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(1).to(tl.int64)
@@ -291,7 +309,7 @@ def _dq_kernel(
             k, v = load_keys(
                 k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
             )  # fmt: skip
-            bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+            bias = load_bias(bias_ptr, head, query, key, N)
             p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
             ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
@@ -301,12 +319,16 @@ def _dq_kernel(
 @triton.jit
 def _dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
-    dout_strides, q_strides, k_strides, v_strides, bias_strides, lse_strides, grad_strides,
+    dout_strides, q_strides, k_strides, v_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, in a loop over queries; those of pads are summed over the program's windows."""
+    if k_strides is None:
+        k_strides = q_strides
+    if v_strides is None:
+        v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     head = tl.program_id(1).to(tl.int64)
@@ -329,7 +351,7 @@ def _dkdv_kernel(
             dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
             lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
             delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
-            bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+            bias = load_bias(bias_ptr, head, query, key, N)
             p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
             dv += tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
             ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -349,12 +371,16 @@ def _dkdv_kernel(
 @triton.jit
 def _dbias_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, dbias_ptr,
-    dout_strides, q_strides, k_strides, v_strides, bias_strides, lse_strides,
+    dout_strides, q_strides, k_strides, v_strides, lse_strides,
     size, windows, heads, chunks, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias gradient, summed in registers over every ``chunks``-th window. Partials [chunks, heads, N, N]."""
+    if k_strides is None:
+        k_strides = q_strides
+    if v_strides is None:
+        v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     M_TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -365,7 +391,7 @@ def _dbias_kernel(
     key = tile % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     q_local = window_tokens(query, WINDOW)
     local = window_tokens(key, WINDOW)
-    bias = load_bias(bias_ptr, bias_strides, head, query, key, N)
+    bias = load_bias(bias_ptr, head, query, key, N)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for window in tl.range(chunk, windows, chunks):
         b, origin = window_origin(window, size, WINDOW)
@@ -412,6 +438,11 @@ class Call:
     def strides(self, x: Tensor) -> tuple[int, ...]:
         """[B, *space, heads, ...] -> strides of batch, three spatial axes and heads."""
         return *image_strides(x, self.axes), x.stride(self.axes + 1)
+
+    def qkv_strides(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...] | None, ...]:
+        """Those of k and v are None where they are q's, as they nearly always are: then the kernel computes each offset once."""
+        strides = self.strides(q)
+        return strides, *(None if self.strides(x) == strides else self.strides(x) for x in (k, v))
 
 
 class Partials:
@@ -460,7 +491,7 @@ def window_attention(
     mask_value: float,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    pad_kv = None if pad_kv is None else pad_kv.contiguous()
+    bias, pad_kv = (None if x is None else x.contiguous() for x in (bias, pad_kv))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     call = Call(q, window, shift, scale, pad_order, mask_value)
     if not call.windows:
@@ -471,8 +502,7 @@ def window_attention(
     with on_device(q):
         kernel[(config.programs(q, call.windows * tiles, call.heads), call.heads)](
             q, k, v, bias, pad_kv, out, lse,
-            call.strides(q), call.strides(k), call.strides(v), None if bias is None else bias.stride(),
-            call.strides(out), call.strides(lse), *call.sizes, *call.scalars, **call.constants, **config.options,
+            *call.qkv_strides(q, k, v), call.strides(out), call.strides(lse), *call.sizes, *call.scalars, **call.constants, **config.options,
         )  # fmt: skip
     return out, lse
 
@@ -498,7 +528,7 @@ def window_attention_backward(
     mask_value: float,
 ) -> None:
     dout, q, k, v = unit_stride(dout), unit_stride(q), unit_stride(k), unit_stride(v)
-    pad_kv = None if pad_kv is None else pad_kv.contiguous()
+    bias, pad_kv = (None if x is None else x.contiguous() for x in (bias, pad_kv))
     call = Call(q, window, shift, scale, pad_order, mask_value)
     if not call.windows:
         for gradient in (dbias, dpad_kv):
@@ -509,12 +539,10 @@ def window_attention_backward(
     if dpad_kv is not None and dpad_sum.total is None:
         dpad_kv.zero_()
     inputs = q, k, v, bias, pad_kv
-    strides = (
-        call.strides(q), call.strides(k), call.strides(v), None if bias is None else bias.stride(), call.strides(lse)
-    )  # fmt: skip
+    strides = *call.qkv_strides(q, k, v), call.strides(lse)
     with on_device(q):
         config = configure("backward", q, call.tokens)
-        if config.whole:
+        if config is not None:
             programs = config.programs(q, call.windows, call.heads)
             _backward_kernel[(programs, call.heads)](
                 dout, *inputs, lse, dq, dk, dv, dbias_sum.allocate(programs), dpad_sum.allocate(programs),

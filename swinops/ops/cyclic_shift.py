@@ -79,7 +79,9 @@ def check_merge(windows: Tensor, image: Sequence[int], shift: Sequence[int]) -> 
     window = windows.shape[1:-1]
     check_window(window, shift, windows.dim() - 2)
     if len(image) != len(window) or any(n < 1 or n % w != 0 for n, w in zip(image, window, strict=True)):
-        raise ValueError(f"image_size must be divisible by the window {tuple(window)} on every axis, got {tuple(image)}")
+        raise ValueError(
+            f"image_size must be divisible by the window {tuple(window)} on every axis, got {tuple(image)}"
+        )
     if windows.shape[0] % windows_per_image(image, window) != 0:
         raise ValueError(
             f"windows must fill whole images, {windows_per_image(image, window)} windows {tuple(window)} for each "

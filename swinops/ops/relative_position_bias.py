@@ -47,7 +47,9 @@ def check(table: Tensor, window: Sequence[int]) -> None:
 def check_backward(dbias: Tensor, window: Sequence[int]) -> None:
     tokens = math.prod(window)
     if dbias.dim() != 3 or dbias.shape[1] != tokens or dbias.shape[2] != tokens:
-        raise ValueError(f"dbias must be [heads, {tokens}, {tokens}] for the window {tuple(window)}, got {tuple(dbias.shape)}")
+        raise ValueError(
+            f"dbias must be [heads, {tokens}, {tokens}] for the window {tuple(window)}, got {tuple(dbias.shape)}"
+        )
     check_float("dbias", dbias)
 
 
@@ -56,7 +58,9 @@ def offsets(window: Sequence[int]) -> int:
 
 
 torch.library.define("swinops::relative_position_bias", "(Tensor table, SymInt[] window, str backend) -> Tensor")
-torch.library.define("swinops::relative_position_bias_backward", "(Tensor dbias, SymInt[] window, str backend) -> Tensor")
+torch.library.define(
+    "swinops::relative_position_bias_backward", "(Tensor dbias, SymInt[] window, str backend) -> Tensor"
+)
 
 
 @torch.library.impl("swinops::relative_position_bias", "CompositeExplicitAutograd")

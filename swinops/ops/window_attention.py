@@ -99,10 +99,8 @@ class Arguments(NamedTuple):
     backend: str
 
 
-SCHEMA = (
-    "Tensor? bias, Tensor? pad_kv, SymInt[] window, SymInt[] shift, float? scale, str pad_order, float mask_value, str backend"
-)
-# lse [B, *space, heads] is the log-sum-exp of each token's scores, from which backward recomputes the probabilities.
+SCHEMA = "Tensor? bias, Tensor? pad_kv, SymInt[] window, SymInt[] shift, float? scale, str pad_order, float mask_value, str backend"
+# lse [B, *space, heads] is log2(sum(exp(scores))) of each token, from which backward recomputes the probabilities.
 # The gradients of bias and pad_kv are empty where they are not wanted: an op cannot return None.
 SAVED = "Tensor dout, Tensor out, Tensor lse, bool bias_grad, bool pad_grad"
 for schema in (
@@ -214,7 +212,15 @@ def _packed_forward_fake(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("swinops::window_attention_backward")
 def _backward_fake(
-    dout: Tensor, out: Tensor, lse: Tensor, bias_grad: bool, pad_grad: bool, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    pad_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     dqkv, dbias, dpad_kv = backward_outputs(q.new_empty(3, *q.shape), Arguments(*arguments), bias_grad, pad_grad)
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dbias, dpad_kv
@@ -222,7 +228,15 @@ def _backward_fake(
 
 @torch.library.impl("swinops::window_attention_backward", "CompositeExplicitAutograd")
 def _backward(
-    dout: Tensor, out: Tensor, lse: Tensor, bias_grad: bool, pad_grad: bool, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    pad_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     grads = _backward_fake(dout, out, lse, bias_grad, pad_grad, q, k, v, *arguments)
     backward(dout, out, lse, (q, k, v), grads, Arguments(*arguments))
@@ -247,7 +261,7 @@ def _packed_backward(
 
 def register_gradient(op: str, tensors: int) -> None:
     """The gradient of ``swinops::op``, whose first ``tensors`` arguments are q, k, v or qkv; and the error of a second one."""
-    differentiate = getattr(torch.ops.swinops, f"{op}_backward")
+    differentiate: Any = getattr(torch.ops.swinops, f"{op}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         out, lse = output

@@ -22,5 +22,7 @@ def window_merge(windows: Tensor, image_size: Sequence[int], shift: Sequence[int
     axes = len(window)
     grid = [size // w for size, w in zip(image_size, window, strict=True)]
     x = windows.reshape(windows.shape[0] // torch.Size(grid).numel(), *grid, *window, windows.shape[-1])
-    x = x.permute(0, *[a for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for a in pair], -1)
+    x = x.permute(
+        0, *[a for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for a in pair], -1
+    )
     return torch.roll(x.reshape(x.shape[0], *image_size, x.shape[-1]), list(shift), list(range(1, 1 + axes)))

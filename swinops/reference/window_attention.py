@@ -68,14 +68,14 @@ def shift_mask(
 def probabilities(
     q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities [B * nW, heads, N, N] and log-sum-exp [B * nW, heads, N, 1], in fp32 at least, from windows of q and k."""
+    """Probabilities [B * nW, heads, N, N] and log2-sum-exp [B * nW, heads, N, 1] of windows of q and k, in fp32 at least."""
     scores = (q * scale) @ k.transpose(-1, -2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         scores = (scores.unflatten(0, (-1 if len(scores) else 0, len(mask))) + mask[:, None]).flatten(0, 1)
-    return scores.softmax(-1).to(scores.dtype), scores.logsumexp(-1, keepdim=True)
+    return scores.softmax(-1).to(scores.dtype), scores.logsumexp(-1, keepdim=True) / math.log(2)
 
 
 def window_attention(
@@ -90,12 +90,10 @@ def window_attention(
     pad_order: str,
     mask_value: float,
 ) -> tuple[Tensor, Tensor]:
-    """[B, *space, heads, head_dim] three times -> out of the same shape, and the log-sum-exp [B, *space, heads]."""
+    """[B, *space, heads, head_dim] three times -> out of the same shape, and the log2-sum-exp of the scores [B, *space, heads]."""
     space = q.shape[1:-2]
     pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
-    qw, kw, vw = (
-        to_windows(x, fill, window, shift, pad_order) for x, fill in ((q, None), (k, pad_k), (v, pad_v))
-    )
+    qw, kw, vw = (to_windows(x, fill, window, shift, pad_order) for x, fill in ((q, None), (k, pad_k), (v, pad_v)))
     mask = shift_mask(space, window, shift, mask_value, q.device) if any(shift) else None
     p, lse = probabilities(qw, kw, bias, mask, scale)
     out, _ = from_windows(p.to(v.dtype) @ vw, space, window, shift, pad_order)
@@ -130,8 +128,7 @@ def window_attention_backward(
     space = q.shape[1:-2]
     pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
     qw, kw, vw, dow = (
-        to_windows(x, fill, window, shift, pad_order)
-        for x, fill in ((q, None), (k, pad_k), (v, pad_v), (dout, None))
+        to_windows(x, fill, window, shift, pad_order) for x, fill in ((q, None), (k, pad_k), (v, pad_v), (dout, None))
     )
     mask = shift_mask(space, window, shift, mask_value, q.device) if any(shift) else None
     p, _ = probabilities(qw, kw, bias, mask, scale)
