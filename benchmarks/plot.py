@@ -67,7 +67,7 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
         lines = [(None, title, None), *((row["impl"], row["impl"], row) for row in model_rows)]
         speed = f"{mode}_samples_per_sec"
         ratios(
-            axes, lines, column == 0, f"{mode}_ratio", lambda row, speed=speed: f"{row[speed]:.3g} images/s", speed,
+            axes, lines, column == 0, f"{mode}_ratio", lambda row, speed=speed: f"{three_digits(row[speed])} images/s", speed,
             f"{mode}_status",
         )  # fmt: skip
         words = {"infer": "inference", "train": "training step"}[mode]
@@ -76,6 +76,10 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
     figure.savefig(temporary, format="png", dpi=130)
     os.replace(temporary, path)
     return path
+
+
+def three_digits(x: float) -> str:
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
 
 
 def ratios(
