@@ -1,5 +1,6 @@
 """One picture of a run: how many times faster than plain PyTorch each op is, and than timm the model."""
 
+import functools
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -66,10 +67,8 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
         title = f"{first['model']}\nbatch {first['infer_batch_size']}, {size} x {size}"
         lines = [(None, title, None), *((row["impl"], row["impl"], row) for row in model_rows)]
         speed = f"{mode}_samples_per_sec"
-        ratios(
-            axes, lines, column == 0, f"{mode}_ratio", lambda row, speed=speed: f"{three_digits(row[speed])} images/s", speed,
-            f"{mode}_status",
-        )  # fmt: skip
+        label = functools.partial(images, key=speed)
+        ratios(axes, lines, column == 0, f"{mode}_ratio", label, speed, f"{mode}_status")
         words = {"infer": "inference", "train": "training step"}[mode]
         axes.set_title(f"{words}, times the speed of eager timm", size=10, color=INK, loc="left")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -78,8 +77,8 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
     return path
 
 
-def three_digits(x: float) -> str:
-    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
+def images(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key]:.3g} images/s" if row[key] < 1000 else f"{row[key]:.0f} images/s"
 
 
 def ratios(
