@@ -1,6 +1,7 @@
 """Cyclic shift with window partition, and the index helpers that the attention kernels share.
 
-Two dimensions are three with a first axis of size 1 and window 1: Triton specialises an argument that is 1, so nothing of it is left.
+Two dimensions are three with a first axis of size 1 and window 1: Triton specialises an argument that is 1, so that
+nothing of it is left.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ def axis_index(p, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.
 
 @triton.jit
 def image_index(origin, local, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr):
-    """Where a window's tokens lie in the unshifted image, 64-bit along each axis, and whether they are tokens or pads."""
+    """Where a window's tokens lie in the unshifted image along each axis, 64-bit, and whether they are no pads."""
     d, in_d = axis_index(origin[0] + local[0], size[0], WINDOW[0], SHIFT[0], ROLL_PAD)
     h, in_h = axis_index(origin[1] + local[1], size[1], WINDOW[1], SHIFT[1], ROLL_PAD)
     w, in_w = axis_index(origin[2] + local[2], size[2], WINDOW[2], SHIFT[2], ROLL_PAD)

@@ -36,7 +36,7 @@ def _reduce_kernel(
     dbias_ptr, dtable_ptr, heads, head_stride, query_stride, key_stride,
     WINDOW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the queries i of the pairs (i, i - offset), for BLOCK_R offsets. A fixed order, in fp32, without atomics."""
+    """Sum over the queries i of the pairs (i, i - offset), for BLOCK_R offsets: in a fixed order, fp32, no atomics."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     ROWS: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1)
     head = tl.program_id(1).to(tl.int64)

@@ -27,7 +27,7 @@ class Config(NamedTuple):
         }
 
     def programs(self, x: Tensor, items: int, heads: int) -> int:
-        """Programs a head that share ``items`` evenly and fill the device with ``per_sm`` blocks on each multiprocessor."""
+        """Programs a head that share ``items`` evenly, at most ``per_sm`` blocks a multiprocessor over all heads."""
         most = max(1, multiprocessors(x) * self.per_sm // heads)
         return -(-items // -(-items // most))
 
@@ -73,7 +73,7 @@ ROWS = (
 
 
 def configure(kernel: str, x: Tensor, tokens: int) -> Config | None:
-    """The configuration of a kernel; None for a "backward" that takes the three kernels dq, dkdv and dbias instead of one."""
+    """A kernel's configuration; None for a "backward" that takes the three kernels dq, dkdv and dbias instead."""
     head_dim = max(16, triton.next_power_of_2(x.shape[-1]))
     for name, arch, most_tokens, most_head_dim, most_bytes, config in ROWS:
         if (
@@ -94,5 +94,5 @@ def architecture(x: Tensor) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Multiprocessors of the tensor's device; few in the interpreter, so that programs loop there as they do on a GPU."""
+    """Multiprocessors of the tensor's device; two in the interpreter, so that programs loop there as on a GPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

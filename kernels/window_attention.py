@@ -1,11 +1,11 @@
-"""Shifted-window attention: gather, attention and scatter in one kernel, with the shift and the padding in the addresses.
+"""Shifted-window attention: gather, attention and scatter in one kernel; shift and padding are in the addresses.
 
-Forward and backward each come in two forms. Up to 64 tokens a window is one tile: a program keeps one head, loads that head's bias
-once and loops over windows. Above, scores are made in tiles: queries against a loop over keys. Exponentials are base 2, so
-``scale``, bias and mask are multiplied by log2(e) before they are added.
+Forward and backward each come in two forms. Up to 64 tokens a window is one tile: a program keeps one head, loads that
+head's bias once and loops over windows. Above, scores are made in tiles: queries against a loop over keys. Exponentials
+are base 2, so ``scale``, bias and mask are multiplied by log2(e) before they are added.
 
-The bias gradient needs no atomics: each program sums its windows in registers and writes one partial, and the partials, whose number
-depends on the shape and the device alone, are added in a fixed order. So does the gradient of ``pad_kv``.
+The bias gradient needs no atomics: each program sums its windows in registers and writes one partial, and the partials,
+whose number depends on the shape and the device alone, are added in a fixed order. So does the gradient of ``pad_kv``.
 """
 
 import math
@@ -25,14 +25,14 @@ from swinops.kernels.cyclic_shift import (
     window_origin,
     window_tokens,
 )
-from swinops.kernels.tuning import Config, configure, multiprocessors
+from swinops.kernels.tuning import configure
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
 def head_mask(valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which elements of a [tokens, BLOCK_D] tile exist. Constant along the channels where it can be, for wide accesses."""
+    """Which elements of a [tokens, BLOCK_D] tile exist: constant along the channels if it can be, for wide accesses."""
     if BLOCK_D == HEAD_DIM:
         return valid[:, None]
     else:
@@ -57,7 +57,7 @@ def load_keys(
     k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, exists,
     PADDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of some tokens that ``exists`` in the window, those of ``pad_ptr`` [2, heads, HEAD_DIM] outside the image."""
+    """Keys and values of some tokens of a window: outside the image those of ``pad_ptr`` [2, heads, HEAD_DIM]."""
     valid = exists
     if PADDED:
         valid = exists & inside
@@ -75,7 +75,7 @@ def load_keys(
 
 @triton.jit
 def load_bias(bias_ptr, head, query, key, N: tl.constexpr):
-    """A tile of the bias [heads, N, N] in base-2 units; -inf for keys past the window's end: their probability is zero."""
+    """A tile of the bias [heads, N, N] in base-2 units; -inf for keys past the window's end, so never attended."""
     if bias_ptr is None:
         bias = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
     else:
@@ -137,7 +137,8 @@ def _forward_kernel(
             valid = valid & inside
         q = load_tokens(q_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
         k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N, PADDED, HEAD_DIM, BLOCK_D
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N,
+            PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         scores = add_mask(scores, t, t, origin, size, mask_value, WINDOW, SHIFT)
@@ -177,7 +178,8 @@ def _forward_tiled_kernel(
             key = start + tl.arange(0, BLOCK_N)
             index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
             k, v = load_keys(
-                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
+                PADDED, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             bias = load_bias(bias_ptr, head, query, key, N)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -196,7 +198,8 @@ def _forward_tiled_kernel(
 
 @triton.jit
 def probabilities(
-    q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr
+    q, k, lse, bias, query, key, origin, size, scale, mask_value,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Recompute a tile of probabilities. [queries, keys]"""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -248,7 +251,8 @@ def _backward_kernel(
             valid = valid & inside
         q = load_tokens(q_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
         k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N, PADDED, HEAD_DIM, BLOCK_D
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N,
+            PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dout = load_tokens(dout_ptr, dout_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
         lse = load_lse(lse_ptr, lse_strides, head, b, index, valid)
@@ -283,7 +287,7 @@ def _dq_kernel(
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries, in a loop over keys; and delta = sum_j p dp = sum_d out dout, which the other kernels read."""
+    """dq of BLOCK_M queries, in a loop over keys; and delta = sum_j p dp = sum_d out dout, for the other kernels."""
     if k_strides is None:
         k_strides = q_strides
     if v_strides is None:
@@ -307,7 +311,8 @@ def _dq_kernel(
             key = start + tl.arange(0, BLOCK_N)
             index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
             k, v = load_keys(
-                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
+                PADDED, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             bias = load_bias(bias_ptr, head, query, key, N)
             p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
@@ -339,7 +344,8 @@ def _dkdv_kernel(
         key = item % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
         k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
+            PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -376,7 +382,7 @@ def _dbias_kernel(
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the bias gradient, summed in registers over every ``chunks``-th window. Partials [chunks, heads, N, N]."""
+    """A tile of the bias gradient, summed over every ``chunks``-th window. Partials [chunks, heads, N, N]"""
     if k_strides is None:
         k_strides = q_strides
     if v_strides is None:
@@ -401,7 +407,8 @@ def _dbias_kernel(
         q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N, PADDED, HEAD_DIM, BLOCK_D
+            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
+            PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
         delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
@@ -412,7 +419,7 @@ def _dbias_kernel(
 
 
 class Call:
-    """What every kernel of a call is launched with: its geometry, and the strides of its tensors for three spatial axes."""
+    """What every kernel of a call is launched with: geometry, and strides for three spatial axes."""
 
     def __init__(
         self, q: Tensor, window: Sequence[int], shift: Sequence[int], scale: float, pad_order: str, mask_value: float
@@ -440,7 +447,7 @@ class Call:
         return *image_strides(x, self.axes), x.stride(self.axes + 1)
 
     def qkv_strides(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...] | None, ...]:
-        """Those of k and v are None where they are q's, as they nearly always are: then the kernel computes each offset once."""
+        """Those of k and v are None where they are q's, as nearly always: then a kernel computes each offset once."""
         strides = self.strides(q)
         return strides, *(None if self.strides(x) == strides else self.strides(x) for x in (k, v))
 
@@ -502,7 +509,8 @@ def window_attention(
     with on_device(q):
         kernel[(config.programs(q, call.windows * tiles, call.heads), call.heads)](
             q, k, v, bias, pad_kv, out, lse,
-            *call.qkv_strides(q, k, v), call.strides(out), call.strides(lse), *call.sizes, *call.scalars, **call.constants, **config.options,
+            *call.qkv_strides(q, k, v), call.strides(out), call.strides(lse), *call.sizes, *call.scalars,
+            **call.constants, **config.options,
         )  # fmt: skip
     return out, lse
 
@@ -546,7 +554,8 @@ def window_attention_backward(
             programs = config.programs(q, call.windows, call.heads)
             _backward_kernel[(programs, call.heads)](
                 dout, *inputs, lse, dq, dk, dv, dbias_sum.allocate(programs), dpad_sum.allocate(programs),
-                call.strides(dout), *strides, call.strides(dq), *call.sizes, *call.scalars, **call.constants, **config.options,
+                call.strides(dout), *strides, call.strides(dq), *call.sizes, *call.scalars,
+                **call.constants, **config.options,
             )  # fmt: skip
         else:
             backward_tiled(call, dout, inputs, strides, out, lse, dq, dk, dv, dbias_sum, dpad_sum)

@@ -1,7 +1,7 @@
 """Which module runs a call, and why another cannot.
 
-A backend is a module with the reference's functions and signatures, and ``why_not(x, op)``: its reason, in a sentence, for not
-running ``op`` on a tensor like ``x``, or None.
+A backend is a module with the reference's functions and signatures, and ``why_not(x, op)``: its reason, in a sentence,
+for not running ``op`` on a tensor like ``x``, or None.
 """
 
 import importlib

@@ -13,7 +13,8 @@ def per_axis(value: int | Sequence[int], axes: int, name: str) -> list[int]:
     if isinstance(value, (tuple, list, torch.Size)) and all(
         isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in value
     ):
-        if len(value) == axes:
+        # a tensor of another rank is the error to report, and the op's check reports it
+        if len(value) == axes or axes not in (2, 3):
             return list(value)
         raise ValueError(f"{name} must be an int or one int for each of the {axes} spatial axes, got {tuple(value)}")
     raise TypeError(f"{name} must be an int or one int for each of the {axes} spatial axes, got {value!r}")

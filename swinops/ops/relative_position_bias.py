@@ -28,7 +28,7 @@ def relative_position_bias(table: Tensor, window_size: int | Sequence[int], *, b
         TypeError: ``table`` is not floating point.
         RuntimeError: ``backend`` cannot run here.
     """
-    axes = 2 if isinstance(window_size, int) else len(window_size)
+    axes = len(window_size) if isinstance(window_size, (tuple, list)) else 2
     window = per_axis(window_size, axes, "window_size")
     bias: Tensor = torch.ops.swinops.relative_position_bias(table, window, backend)
     return bias

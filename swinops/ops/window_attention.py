@@ -1,4 +1,4 @@
-"""Shifted-window attention on image-layout tensors: padding, shift, partition, mask, bias, softmax and merge in one kernel."""
+"""Shifted-window attention on image-layout tensors: padding, shift, partition, bias, mask and merge in one kernel."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def window_attention(
 
         out = softmax(scale * q k^T + bias + mask) v
 
-    Tensors stay in image layout: the shift, the windows and the padding are in the addresses. Softmax and sums are fp32.
+    Tensors stay in image layout: shift, windows and padding are in the addresses. Softmax and sums are fp32.
 
     Args:
         q, k, v: [B, H, W, heads, head_dim] or [B, D, H, W, heads, head_dim]; head_dim from 1 to 256 in the kernels. Any
@@ -99,7 +99,10 @@ class Arguments(NamedTuple):
     backend: str
 
 
-SCHEMA = "Tensor? bias, Tensor? pad_kv, SymInt[] window, SymInt[] shift, float? scale, str pad_order, float mask_value, str backend"
+SCHEMA = (
+    "Tensor? bias, Tensor? pad_kv, SymInt[] window, SymInt[] shift, "
+    "float? scale, str pad_order, float mask_value, str backend"
+)
 # lse [B, *space, heads] is log2(sum(exp(scores))) of each token, from which backward recomputes the probabilities.
 # The gradients of bias and pad_kv are empty where they are not wanted: an op cannot return None.
 SAVED = "Tensor dout, Tensor out, Tensor lse, bool bias_grad, bool pad_grad"
@@ -108,7 +111,8 @@ for schema in (
     f"window_attention_qkvpacked(Tensor qkv, {SCHEMA}) -> (Tensor out, Tensor lse)",
     f"window_attention_backward({SAVED}, Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, "
     "Tensor dbias, Tensor dpad_kv)",
-    f"window_attention_qkvpacked_backward({SAVED}, Tensor qkv, {SCHEMA}) -> (Tensor dqkv, Tensor dbias, Tensor dpad_kv)",
+    f"window_attention_qkvpacked_backward({SAVED}, Tensor qkv, {SCHEMA}) -> (Tensor dqkv, Tensor dbias, "
+    "Tensor dpad_kv)",
 ):
     torch.library.define(f"swinops::{schema.partition('(')[0]}", schema[schema.index("(") :])
 
@@ -222,7 +226,7 @@ def _backward_fake(
     v: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    dqkv, dbias, dpad_kv = backward_outputs(q.new_empty(3, *q.shape), Arguments(*arguments), bias_grad, pad_grad)
+    _, dbias, dpad_kv = backward_outputs(q, Arguments(*arguments), bias_grad, pad_grad)
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dbias, dpad_kv
 
 
@@ -238,7 +242,7 @@ def _backward(
     v: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    grads = _backward_fake(dout, out, lse, bias_grad, pad_grad, q, k, v, *arguments)
+    grads: tuple[Tensor, ...] = _backward_fake(dout, out, lse, bias_grad, pad_grad, q, k, v, *arguments)
     backward(dout, out, lse, (q, k, v), grads, Arguments(*arguments))
     return grads
 
@@ -260,7 +264,7 @@ def _packed_backward(
 
 
 def register_gradient(op: str, tensors: int) -> None:
-    """The gradient of ``swinops::op``, whose first ``tensors`` arguments are q, k, v or qkv; and the error of a second one."""
+    """The gradient of ``swinops::op``, whose first ``tensors`` arguments are q, k, v or qkv; and no second one."""
     differentiate: Any = getattr(torch.ops.swinops, f"{op}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The specification: every op in plain PyTorch, forward and explicit backward formula, in any float dtype up to float64."""
+"""The specification: every op in plain PyTorch, forward and explicit backward formula, in any float dtype."""
 
 from swinops.reference.cyclic_shift import window_merge, window_partition
 from swinops.reference.relative_position_bias import relative_position_bias, relative_position_bias_backward

@@ -2,9 +2,9 @@
 
     out = softmax(scale * q k^T + bias + mask) v      within each window of the shifted image
 
-An image whose size the window does not divide is padded. Pad tokens are keys that nobody masks, with the key and value ``pad_kv``,
-and never queries. The mask adds ``mask_value`` between tokens that were not neighbours before the shift; its regions are counted on
-the padded image.
+An image whose size the window does not divide is padded. Pad tokens are keys that nobody masks, with the key and value
+``pad_kv``, and never queries. The mask adds ``mask_value`` between tokens that were not neighbours before the shift;
+its regions are counted on the padded image.
 """
 
 import math
@@ -21,7 +21,7 @@ def padded_size(size: Sequence[int], window: Sequence[int]) -> list[int]:
 
 
 def to_windows(x: Tensor, fill: Tensor | None, window: Sequence[int], shift: Sequence[int], pad_order: str) -> Tensor:
-    """[B, *space, heads, head_dim] -> [B * nW, heads, N, head_dim], the pad tokens ``fill`` [heads, head_dim] or zero."""
+    """[B, *space, heads, head_dim] -> [B * nW, heads, N, head_dim]; pads are ``fill`` [heads, head_dim] or zero."""
     space = x.shape[1:-2]
     fill = x.new_zeros(x.shape[-2:]) if fill is None else fill.to(x.dtype)
     if pad_order == "roll_pad":
@@ -37,7 +37,7 @@ def to_windows(x: Tensor, fill: Tensor | None, window: Sequence[int], shift: Seq
 def from_windows(
     x: Tensor, space: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
 ) -> tuple[Tensor, Tensor]:
-    """[B * nW, heads, N, head_dim] -> the image's tokens [B, *space, heads, head_dim], and the sum over the pads [heads, head_dim]."""
+    """[B * nW, heads, N, head_dim] -> [B, *space, heads, head_dim], and the sum over the pads [heads, head_dim]."""
     heads, head_dim = x.shape[1], x.shape[-1]
     windows = x.transpose(1, 2).reshape(x.shape[0], *window, heads * head_dim)
     padded = window_merge(windows, padded_size(space, window), shift if pad_order == "pad_roll" else [0] * len(shift))
@@ -68,7 +68,7 @@ def shift_mask(
 def probabilities(
     q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities [B * nW, heads, N, N] and log2-sum-exp [B * nW, heads, N, 1] of windows of q and k, in fp32 at least."""
+    """Probabilities [B * nW, heads, N, N] and log2-sum-exp [B * nW, heads, N, 1] of windows, in fp32 at least."""
     scores = (q * scale) @ k.transpose(-1, -2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
@@ -90,7 +90,7 @@ def window_attention(
     pad_order: str,
     mask_value: float,
 ) -> tuple[Tensor, Tensor]:
-    """[B, *space, heads, head_dim] three times -> out of the same shape, and the log2-sum-exp of the scores [B, *space, heads]."""
+    """[B, *space, heads, head_dim] thrice -> out, of that shape, and the scores' log2-sum-exp [B, *space, heads]."""
     space = q.shape[1:-2]
     pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
     qw, kw, vw = (to_windows(x, fill, window, shift, pad_order) for x, fill in ((q, None), (k, pad_k), (v, pad_v)))
@@ -121,9 +121,10 @@ def window_attention_backward(
     pad_order: str,
     mask_value: float,
 ) -> None:
-    """Fill the gradients from the explicit formula (``out`` and ``lse`` are what kernels need; the formula recomputes them).
+    """Fill the gradients from the explicit formula, which needs neither ``out`` nor ``lse``: they are for kernels.
 
-    dv = p^T dout,  dp = dout v^T,  ds = p * (dp - sum_j p dp),  dq = scale * ds k,  dk = scale * ds^T q,  dbias = sum over windows of ds
+    dv = p^T dout,  dp = dout v^T,  ds = p * (dp - sum_j p dp),
+    dq = scale * ds k,  dk = scale * ds^T q,  dbias = ds summed over windows
     """
     space = q.shape[1:-2]
     pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
