@@ -106,9 +106,11 @@ CASES = {
     "mask_value": Case((4, 8), (4, 4), (2, 2), mask_value=-1.5),
 }
 # float16 takes the kernels of one tile wherever they fit; float32, whose backward is always tiled, runs these too
-EVERY_DTYPE = ["wide", "ragged", "one shifted window", "shift larger than the map", "shift on one axis", "ragged volume",
-               "empty batch", "head_dim 1", "head_dim 10", "head_dim 256", "49 tokens", "72 tokens, ragged", "neither",
-               "bias in float32", "bias in float16", "72 tokens, both float32", "packed", "mask_value"]  # fmt: skip
+EVERY_DTYPE = [
+    "wide", "ragged", "one shifted window", "shift larger than the map", "shift on one axis", "ragged volume", "empty batch",
+    "head_dim 1", "head_dim 10", "head_dim 256", "49 tokens", "72 tokens, ragged", "neither", "bias in float32",
+    "bias in float16", "72 tokens, both float32", "packed", "mask_value",
+]  # fmt: skip
 PAIRS = [(case, dtype) for case in CASES for dtype in DTYPES if case in EVERY_DTYPE or dtype == torch.float16]
 
 

@@ -1,0 +1,257 @@
+"""Bad input: each case gets one sentence that names the argument, what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+
+from swinops import relative_position_bias, window_attention, window_attention_qkvpacked, window_merge, window_partition
+
+# case -> what is changed in a good call, the error's type, and its sentence (the end of it, where it is long)
+PARTITION = {
+    "rank": (dict(x=torch.ones(8, 8, 3)), ValueError, "x must be [B, H, W, C] or [B, D, H, W, C], got (8, 8, 3)"),
+    "rank, window per axis": (dict(x=torch.ones(8, 8, 3), window_size=(4, 4)), ValueError, "x must be [B, H, W, C]"),
+    "indivisible": (
+        dict(x=torch.ones(1, 8, 9, 3)),
+        ValueError,
+        "axis divisible by the window (4, 4), got (1, 8, 9, 3)",
+    ),
+    "integers": (
+        dict(x=torch.ones(1, 8, 8, 3).int()),
+        TypeError,
+        "x must have a floating-point dtype, got torch.int32",
+    ),
+    "complex": (
+        dict(x=torch.ones(1, 8, 8, 3) * 1j),
+        TypeError,
+        "x must have a floating-point dtype, got torch.complex64",
+    ),
+    "window 0": (
+        dict(window_size=0),
+        ValueError,
+        "window_size must be at least 1 on each of the 2 spatial axes, got (0, 0)",
+    ),
+    "window for 3 axes": (dict(window_size=(2, 4, 4)), ValueError, "window_size must be"),
+    "window of floats": (
+        dict(window_size=4.0),
+        TypeError,
+        "window_size must be an int or one int for each of the 2 spatial axes, got 4.0",
+    ),
+    "window True": (dict(window_size=True), TypeError, "window_size must be an int"),
+    "shift -1": (
+        dict(shift_size=-1),
+        ValueError,
+        "shift_size must be at least 0 and less than the window (4, 4) on every axis, got (-1, -1)",
+    ),
+    "shift of a window": (
+        dict(shift_size=(0, 4)),
+        ValueError,
+        "shift_size must be at least 0 and less than the window",
+    ),
+    "shift for 1 axis": (dict(shift_size=(1,)), ValueError, "shift_size must be"),
+    "shift of a string": (dict(shift_size="1"), TypeError, "shift_size must be an int"),
+    "backend": (
+        dict(backend="cudnn"),
+        ValueError,
+        "backend must be 'auto' or one of 'cuda', 'triton', 'reference', got 'cudnn'",
+    ),
+}
+MERGE = {
+    "rank": (dict(windows=torch.ones(4, 4, 3)), ValueError, "windows must be [B * nW, Mh, Mw, C]"),
+    "image indivisible": (
+        dict(image_size=(8, 9)),
+        ValueError,
+        "image_size must be divisible by the window (4, 4) on every axis, got (8, 9)",
+    ),
+    "image 0": (dict(image_size=(8, 0)), ValueError, "image_size must be"),
+    "image of 3 axes": (dict(image_size=(8, 8, 8)), ValueError, "image_size must be"),
+    "count": (
+        dict(windows=torch.ones(5, 4, 4, 3)),
+        ValueError,
+        "windows must fill whole images, 4 windows (4, 4) for each image (8, 8), got 5",
+    ),
+    "integers": (dict(windows=torch.ones(4, 4, 4, 3).long()), TypeError, "windows must have a floating-point dtype"),
+    "shift": (dict(shift_size=4), ValueError, "shift_size must be at least 0 and less than the window"),
+    "backend": (dict(backend=""), ValueError, "backend must be 'auto' or one of"),
+}
+POSITION_BIAS = {
+    "rank": (dict(table=torch.ones(49)), ValueError, "table must be [49, heads] for the window (4, 4), got (49,)"),
+    "rows": (dict(table=torch.ones(48, 2)), ValueError, "table must be [49, heads] for the window (4, 4), got (48, 2)"),
+    "integers": (
+        dict(table=torch.ones(49, 2).int()),
+        TypeError,
+        "table must have a floating-point dtype, got torch.int32",
+    ),
+    "window 0": (dict(window_size=(4, 0)), ValueError, "window_size must be at least 1 on each of two or three axes"),
+    "window of 1 axis": (
+        dict(window_size=(4,)),
+        ValueError,
+        "window_size must be at least 1 on each of two or three axes",
+    ),
+    "window of floats": (dict(window_size=4.0), TypeError, "window_size must be an int"),
+    "window of strings": (dict(window_size="44"), TypeError, "window_size must be an int"),
+    "backend": (dict(backend="numpy"), ValueError, "backend must be 'auto' or one of"),
+}
+SHAPE = (1, 6, 5, 2, 8)
+ATTENTION = {
+    "rank": (
+        dict(q=torch.ones(6, 5, 2, 8)),
+        ValueError,
+        "q must be [B, H, W, heads, head_dim] or [B, D, H, W, heads, head_dim]",
+    ),
+    "rank, window per axis": (dict(q=torch.ones(6, 2, 8), window_size=(4, 4)), ValueError, "q must be [B, H, W, heads"),
+    "k's shape": (
+        dict(k=torch.ones(1, 6, 4, 2, 8)),
+        ValueError,
+        "k must have the shape of q (1, 6, 5, 2, 8), got (1, 6, 4, 2, 8)",
+    ),
+    "v's shape": (dict(v=torch.ones(1, 6, 5, 2, 9)), ValueError, "v must have the shape of q (1, 6, 5, 2, 8)"),
+    "k's rank": (dict(k=torch.ones(8)), ValueError, "k must have the shape of q"),
+    "k's dtype": (
+        dict(k=torch.ones(SHAPE).half()),
+        TypeError,
+        "k must have the dtype of q, torch.float32, got torch.float16",
+    ),
+    "v's dtype": (dict(v=torch.ones(SHAPE).double()), TypeError, "v must have the dtype of q, torch.float32"),
+    "integers": (dict(q=torch.ones(SHAPE).int()), TypeError, "q must have a floating-point dtype, got torch.int32"),
+    "complex": (dict(q=torch.ones(SHAPE) * 1j), TypeError, "q must have a floating-point dtype, got torch.complex64"),
+    "k's device": (dict(k=torch.ones(SHAPE, device="meta")), ValueError, "k must be on the device of q, cpu, got meta"),
+    "bias's device": (
+        dict(bias=torch.ones(2, 16, 16, device="meta")),
+        ValueError,
+        "bias must be on the device of q, cpu, got meta",
+    ),
+    "pad_kv's device": (
+        dict(pad_kv=torch.ones(2, 2, 8, device="meta")),
+        ValueError,
+        "pad_kv must be on the device of q",
+    ),
+    "bias's shape": (
+        dict(bias=torch.ones(2, 16, 15)),
+        ValueError,
+        "bias must be [heads, N, N] = (2, 16, 16), got (2, 16, 15)",
+    ),
+    "bias's heads": (dict(bias=torch.ones(1, 16, 16)), ValueError, "bias must be [heads, N, N] = (2, 16, 16)"),
+    "bias's rank": (dict(bias=torch.ones(1, 2, 16, 16)), ValueError, "bias must be [heads, N, N] = (2, 16, 16)"),
+    "bias of integers": (dict(bias=torch.ones(2, 16, 16).int()), TypeError, "bias must have a floating-point dtype"),
+    "bias complex": (dict(bias=torch.ones(2, 16, 16) * 1j), TypeError, "bias must have a floating-point dtype"),
+    "pad_kv's shape": (
+        dict(pad_kv=torch.ones(2, 8)),
+        ValueError,
+        "pad_kv must be [2, heads, head_dim] = (2, 2, 8), got (2, 8)",
+    ),
+    "pad_kv of integers": (
+        dict(pad_kv=torch.ones(2, 2, 8).int()),
+        TypeError,
+        "pad_kv must have a floating-point dtype",
+    ),
+    "no tokens": (
+        dict.fromkeys("qkv", torch.ones(1, 0, 5, 2, 8)),
+        ValueError,
+        "q must have at least one token, head and channel",
+    ),
+    "no channels": (
+        dict.fromkeys("qkv", torch.ones(1, 6, 5, 2, 0)),
+        ValueError,
+        "q must have at least one token, head and channel",
+    ),
+    "window 0": (dict(window_size=(4, 0)), ValueError, "window_size must be at least 1"),
+    "window for 3 axes": (dict(window_size=(4, 4, 4)), ValueError, "window_size must be"),
+    "window None": (dict(window_size=None), TypeError, "window_size must be an int"),
+    "shift": (
+        dict(shift_size=4),
+        ValueError,
+        "shift_size must be at least 0 and less than the window (4, 4) on every axis",
+    ),
+    "shift -1": (dict(shift_size=(0, -1)), ValueError, "shift_size must be at least 0"),
+    "pad_order": (dict(pad_order="pad"), ValueError, "pad_order must be 'pad_roll' or 'roll_pad', got 'pad'"),
+    "backend": (
+        dict(backend="flash"),
+        ValueError,
+        "backend must be 'auto' or one of 'cuda', 'triton', 'reference', got 'flash'",
+    ),
+}
+PACKED = {
+    "rank": (dict(qkv=torch.ones(6, 5, 3, 2, 8)), ValueError, "qkv must be [B, H, W, 3, heads, head_dim] or"),
+    "rank, window per axis": (
+        dict(qkv=torch.ones(5, 3, 2, 8), window_size=(4, 4)),
+        ValueError,
+        "qkv must be [B, H, W, 3",
+    ),
+    "not 3": (dict(qkv=torch.ones(1, 6, 5, 2, 2, 8)), ValueError, "qkv must be [B, H, W, 3, heads, head_dim] or"),
+    "integers": (
+        dict(qkv=torch.ones(1, 6, 5, 3, 2, 8).int()),
+        TypeError,
+        "must have a floating-point dtype, got torch.int32",
+    ),
+    "bias's shape": (
+        dict(bias=torch.ones(16, 16)),
+        ValueError,
+        "bias must be [heads, N, N] = (2, 16, 16), got (16, 16)",
+    ),
+    "pad_order": (dict(pad_order=""), ValueError, "pad_order must be"),
+    "shift": (dict(shift_size=5), ValueError, "shift_size must be"),
+    "backend": (dict(backend="flash"), ValueError, "backend must be 'auto' or one of"),
+}
+OPS = {
+    window_partition: (dict(x=torch.ones(1, 8, 8, 3), window_size=4), PARTITION),
+    window_merge: (dict(windows=torch.ones(4, 4, 4, 3), image_size=(8, 8)), MERGE),
+    relative_position_bias: (dict(table=torch.ones(49, 2), window_size=4), POSITION_BIAS),
+    window_attention: ({**dict.fromkeys("qkv", torch.ones(SHAPE)), "window_size": 4}, ATTENTION),
+    window_attention_qkvpacked: (dict(qkv=torch.ones(1, 6, 5, 3, 2, 8), window_size=4), PACKED),
+}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_accepts_good_arguments(op):
+    op(**OPS[op][0])
+
+
+@pytest.mark.parametrize(
+    "op, case", [(op, case) for op, (_, cases) in OPS.items() for case in cases],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)  # fmt: skip
+def test_rejects_bad_arguments(op, case):
+    good, cases = OPS[op]
+    changes, error, sentence = cases[case]
+    with pytest.raises(error, match=re.escape(sentence)):
+        op(**{**good, **changes})
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_the_fake_rejects_them_too(op):
+    """The same sentences where nothing is computed: on the meta device, as under compile and export."""
+    good, cases = OPS[op]
+    for changes, error, sentence in cases.values():
+        call = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in {**good, **changes}.items()}
+        if "backend" not in changes and "on the device of" not in sentence:
+            with pytest.raises(error, match=re.escape(sentence)):
+                op(**call)
+
+
+def test_rejects_a_wrong_gradient():
+    """The backward is an op that can be called by itself."""
+    q = torch.ones(SHAPE)
+    settings = (None, None, [4, 4], [0, 0], None, "pad_roll", -100.0, "reference")
+    out, lse = torch.ops.swinops.window_attention(q, q, q, *settings)
+    with pytest.raises(ValueError, match=r"dout must have the shape of q \(1, 6, 5, 2, 8\), got \(1, 6, 5, 2, 7\)"):
+        torch.ops.swinops.window_attention_backward(out[..., 1:], out, lse, False, False, q, q, q, *settings)
+    with pytest.raises(ValueError, match=r"dbias must be \[heads, 16, 16\] for the window \(4, 4\), got \(2, 16\)"):
+        torch.ops.swinops.relative_position_bias_backward(torch.ones(2, 16), [4, 4], "reference")
+
+
+def test_bad_arguments_leave_no_trace():
+    """After an error the same tensors work, and hold no gradient and no history."""
+    q = torch.ones(SHAPE, requires_grad=True)
+    with pytest.raises(ValueError, match="shift_size"):
+        window_attention(q, q, q, window_size=4, shift_size=4)
+    assert q.grad is None and q.grad_fn is None
+    window_attention(q, q, q, window_size=4, shift_size=3).sum().backward()
+    assert q.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_rejects_tensors_of_two_devices():
+    q = torch.ones(SHAPE, device="cuda")
+    with pytest.raises(ValueError, match="k must be on the device of q, cuda:0, got cpu"):
+        window_attention(q, q.cpu(), q, window_size=4)

@@ -1,0 +1,117 @@
+"""Which backend runs a call, and what is said where one cannot."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from swinops import backends, reference, window_attention, window_partition
+from swinops.testing import random_tensor
+
+OPS = ["window_partition", "window_merge", "relative_position_bias", "window_attention"]
+ON_CUDA = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 4, 1, 8))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", backends.MODULES)
+def test_unavailable_backend_says_why(name, op, monkeypatch):
+    """A backend asked for by name runs or raises: it is never replaced by another."""
+    stub = SimpleNamespace(why_not=lambda x, op: "it is a stub")
+    monkeypatch.setattr(backends, "module", {name: stub}.__getitem__)
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run {op}: it is a stub"):
+        backends.resolve(name, torch.ones(1), op)
+
+
+def test_unavailable_backend_raises_from_the_op(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda name, x, op: "it is a stub")
+    x = random_tensor((1, 4, 4, 1, 8), 0)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run window_attention: it is a stub"):
+        window_attention(x, x, x, window_size=4, backend="triton")
+
+
+def test_a_module_that_cannot_be_imported_is_a_reason(monkeypatch):
+    monkeypatch.setitem(backends.MODULES, "triton", "swinops.absent")
+    assert backends.why_not("triton", torch.ones(1), "window_merge") == (
+        "swinops.absent cannot be imported (No module named 'swinops.absent')"
+    )
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of 'cuda', 'triton', 'reference', got 'tpu'"):
+        window_partition(torch.ones(1, 4, 4, 1), 2, backend="tpu")
+
+
+def test_auto_lists_every_reason(monkeypatch):
+    """An op on a CUDA tensor never falls back to the reference in silence."""
+    monkeypatch.setattr(backends, "why_not", lambda name, x, op: f"no {name} today")
+    with pytest.raises(RuntimeError) as error:
+        backends.resolve("auto", ON_CUDA, "window_attention")
+    assert str(error.value) == (
+        "no kernel can run window_attention on this CUDA tensor (cuda: no cuda today; triton: no triton today); "
+        'backend="reference" runs it in plain PyTorch'
+    )
+
+
+def test_auto_takes_the_fastest_that_can(monkeypatch):
+    reasons = {"cuda": "no", "triton": None, "reference": None}
+    monkeypatch.setattr(backends, "why_not", lambda name, x, op: reasons[name])
+    monkeypatch.setattr(backends, "module", lambda name: name)
+    assert backends.resolve("auto", ON_CUDA, "window_attention") == "triton"
+    reasons["cuda"] = None
+    assert backends.resolve("auto", ON_CUDA, "window_attention") == "cuda"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_on_a_cpu_is_the_reference(op):
+    assert backends.resolve("auto", torch.ones(1), op) is reference
+
+
+@pytest.mark.parametrize("name", backends.MODULES)
+def test_backends_have_the_functions_of_the_reference(name):
+    """A backend that runs an op has its function; ``why_not`` answers for each op in a sentence or with None."""
+    for op in OPS:
+        reason = backends.why_not(name, torch.ones(1, 4, 4, 1, 8), op)
+        assert reason is None or (isinstance(reason, str) and len(reason.split()) > 3), reason
+        if reason is None:
+            assert callable(getattr(backends.module(name), op))
+
+
+@pytest.mark.parametrize(
+    "x, reason",
+    [
+        (torch.ones(1, 2, 2, 1, 4, dtype=torch.float64), "takes float32, float16 and bfloat16, not torch.float64"),
+        (torch.ones(1, 2, 2, 1, 257), "takes a head_dim up to 256, not 257"),
+    ],
+    ids=["float64", "head_dim 257"],
+)
+def test_triton_says_what_it_cannot(x, reason, device):
+    pytest.importorskip("triton")
+    x = x.to(device)
+    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run window_attention: .*{reason}"):
+        window_attention(x, x, x, window_size=2, backend="triton")
+
+
+def test_triton_on_a_cpu_without_its_interpreter():
+    """In a process of its own, because kernels are interpreted or compiled from their import on."""
+    pytest.importorskip("triton")
+    code = "import torch, swinops; swinops.window_partition(torch.ones(1, 4, 4, 1), 2, backend='triton')"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "RuntimeError: backend 'triton' cannot run window_partition: the tensor is on the CPU" in done.stderr
+
+
+def test_cuda_on_a_cpu_tensor():
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run window_partition: \w+ .*"):
+        window_partition(torch.ones(1, 4, 4, 1), 2, backend="cuda")
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_is_a_kernel():
+    x = torch.ones(1, 4, 4, 1, 8, device="cuda")
+    for op in OPS:
+        assert backends.resolve("auto", x, op) is not reference
+    with pytest.raises(RuntimeError, match='backend="reference" runs it in plain PyTorch'):
+        window_attention(x.double(), x.double(), x.double(), window_size=2)
