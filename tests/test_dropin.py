@@ -621,7 +621,7 @@ class TestCheck:
         monkeypatch.setattr(
             swinops.reference, "window_attention", lambda *args: attention(*args[:8], "pad_roll", *args[9:])
         )
-        report = swinops.check(build(), image())
+        report = swinops.check(build(depths=(2,), num_heads=(2,)), image())
         assert not report.ok and "WRONG" in str(report)
 
     def test_finds_nan_and_a_wrong_gradient(self, monkeypatch):
@@ -632,7 +632,7 @@ class TestCheck:
             monkeypatch.setattr(
                 swinops.reference, "relative_position_bias_backward", lambda *args, f=change: f(backward(*args))
             )
-            rows = swinops.check(build(), image()).rows
+            rows = swinops.check(build(depths=(2,), num_heads=(2,)), image()).rows
             assert [row.ok for row in rows] == [True, True, False] * 2
             assert rows[2].tensor.endswith("relative_position_bias_table")
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,8 @@ CASES = {
 
 def build(**options):
     """A small Swin with every parameter random: at timm's initialisation norms are ones and biases zeros."""
+    if np.ndim(options.get("window_size", 4)) == 2 and not hasattr(swin, "resolve_stage_window_sizes"):
+        pytest.skip("this version of timm has one window for all stages")
     defaults = {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depths": (2,), "num_heads": (2,), "window_size": 4}
     return randomise(swin.SwinTransformer(**{**defaults, "num_classes": 5, "drop_path_rate": 0.0, **options}))
 
