@@ -100,7 +100,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         if not gpu:
             ok &= models.demonstrate_interpreted(settings)
         op_rows = [row for each in ops for row in harness.measure(each.cases(settings), settings)]
-        settings.seconds = 2.0 if gpu else 20.0
+        settings.seconds = 2.0 if gpu else 12.0
         model_rows = models.measure(name, model, batch, settings)
 
         bar.set_description("writing")
