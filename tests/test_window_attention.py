@@ -79,7 +79,7 @@ CASES = {
     "head_dim 30": Case((3, 4), (4, 4), (1, 1), head_dim=30),
     "head_dim 33": Case((3, 4), (4, 4), (1, 1), head_dim=33),
     "head_dim 64": Case((3, 4), (4, 4), (1, 1), head_dim=64),
-    "head_dim 256": Case((3, 3), (3, 3), (1, 1), head_dim=256, heads=1),
+    "head_dim 256": Case((3, 3), (3, 3), (1, 1), head_dim=256),
     "49 tokens": Case((7, 14), (7, 7), (3, 3), heads=1, head_dim=32),
     "72 tokens": Case((8, 9), (8, 9), (4, 4), heads=1, head_dim=16, batch=2),
     "72 tokens, ragged": Case((9, 8), (8, 9), (4, 0), heads=1, head_dim=10),
@@ -107,9 +107,9 @@ CASES = {
 }
 # float16 takes the kernels of one tile wherever they fit; float32, whose backward is always tiled, runs these too
 EVERY_DTYPE = [
-    "wide", "ragged", "one shifted window", "shift larger than the map", "shift on one axis", "ragged volume", "empty batch",
-    "head_dim 1", "head_dim 10", "head_dim 256", "49 tokens", "72 tokens, ragged", "neither", "bias in float32",
-    "bias in float16", "72 tokens, both float32", "packed", "mask_value",
+    "wide", "ragged", "one shifted window", "shift larger than the map", "shift on one axis", "ragged volume",
+    "empty batch", "head_dim 1", "head_dim 10", "head_dim 256", "49 tokens", "72 tokens, ragged", "neither",
+    "bias in float32", "bias in float16", "72 tokens, both float32", "packed", "mask_value",
 ]  # fmt: skip
 PAIRS = [(case, dtype) for case in CASES for dtype in DTYPES if case in EVERY_DTYPE or dtype == torch.float16]
 
@@ -337,7 +337,7 @@ def test_nan_and_inf_stay_in_their_window(name, size, value, backward, backend, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masked", ["some", "first key tile", "last key tile", "all but itself"])
+@pytest.mark.parametrize("masked", ["some", "first key tile", "last key tile", "all but two"])
 @pytest.mark.parametrize("window", [(3, 4), (8, 16)], ids=str)
 def test_bias_of_minus_infinity(window, masked, dtype, backend, device):
     """A mask of the user's. A whole tile of keys may be -inf, the first one included."""
@@ -348,7 +348,7 @@ def test_bias_of_minus_infinity(window, masked, dtype, backend, device):
         "some": (key * 7 + query * 3) % 5 == 0,
         "first key tile": key.expand(tokens, -1) < tokens * 3 // 4,
         "last key tile": key.expand(tokens, -1) >= tokens // 4,
-        "all but itself": key != query,
+        "all but two": (key - query) % tokens > 1,
     }[masked]] = float("-inf")  # fmt: skip
 
     def op(q, k, v, bias):
@@ -362,16 +362,16 @@ def test_bias_of_minus_infinity(window, masked, dtype, backend, device):
 
 @pytest.mark.parametrize("window", [(3, 4), (8, 16)], ids=str)
 def test_large_scores(window, backend, device):
-    """Scores of several hundred: the running maximum keeps every exponential finite, and its sum above zero."""
+    """Scores around -300: the running maximum keeps every exponential finite, and its sum above zero."""
     q, k, v, bias, _, dout = attention_inputs(window, window, batch=1, heads=1, device=device)
 
     def op(q, k, v, bias):
-        return window_attention(q, k, v, bias, window_size=window, scale=40.0, backend=backend)
+        return window_attention(q, k, v, bias - 300, window_size=window, backend=backend)
 
     def definition(q, k, v, bias):
-        return reference.window_attention(q, k, v, bias, None, window, (0, 0), 40.0, "pad_roll", -100.0)[0]
+        return reference.window_attention(q, k, v, bias - 300, None, window, (0, 0), 8**-0.5, "pad_roll", -100.0)[0]
 
-    assert_op_accurate(op, definition, {"q": q, "k": k, "v": v, "bias": bias - 300}, dout)
+    assert_op_accurate(op, definition, {"q": q, "k": k, "v": v, "bias": bias}, dout)
 
 
 @pytest.mark.parametrize("pad_order", PAD_ORDERS)
@@ -394,8 +394,8 @@ def test_beyond_31_bits(window, pad_order, backend, device, beyond_31_bits):
         *(beyond_31_bits(torch.full_like(x, float("nan"))) for x in (q, k, v)),
         *(torch.empty_like(x) for x in near[3:]),
     ]
-    saved = [beyond_31_bits(x) for x in (out, lse)]
-    run_on.window_attention_backward(beyond_31_bits(dout), *far, bias, pad_kv, *saved, *grads, *settings)
+    # out and lse are contiguous always: the forward made them
+    run_on.window_attention_backward(beyond_31_bits(dout), *far, bias, pad_kv, out, lse, *grads, *settings)
     assert all(torch.equal(a, b) for a, b in zip(grads, near, strict=True))
 
 
