@@ -145,7 +145,7 @@ def _forward_kernel(
         top = tl.max(scores, 1)
         p = tl.exp2(scores - top[:, None])
         total = tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         store_tokens(out_ptr, out_strides, head, b, index, valid, out, HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + head + offset(b, index, lse_strides), top + tl.log2(total), valid)
 
@@ -192,7 +192,7 @@ def _forward_tiled_kernel(
             total = total * rescale + tl.sum(p, 1)
             out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             top = new_top
-        store_tokens(out_ptr, out_strides, head, b, q_index, q_valid, out / total[:, None], HEAD_DIM, BLOCK_D)
+        store_tokens(out_ptr, out_strides, head, b, q_index, q_valid, out * (1.0 / total)[:, None], HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + head + offset(b, q_index, lse_strides), top + tl.log2(total), q_valid)
 
 
@@ -257,6 +257,8 @@ def _backward_kernel(
         dout = load_tokens(dout_ptr, dout_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
         lse = load_lse(lse_ptr, lse_strides, head, b, index, valid)
         p = probabilities(q, k, lse, bias, t, t, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+        # rounding in lse leaves their sum off one, which the same way in every window would bias the gradients
+        p *= (1.0 / tl.maximum(tl.sum(p, 1), 1e-30))[:, None]
         dv = tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
         store_tokens(dv_ptr, grad_strides, head, b, index, valid, dv, HEAD_DIM, BLOCK_D)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
