@@ -100,7 +100,7 @@ def far_side(t, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit
 def add_mask(scores, query, key, origin, size, mask_value, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """Add the mask in the windows that the seam cuts, the last along a shifted axis. The others skip it."""
+    """Add the mask in the windows that the seam cuts, the last along a shifted axis: in the others it is zero."""
     if SHIFT[0] + SHIFT[1] + SHIFT[2] > 0:
         cut = tl.where(origin[0] + WINDOW[0] >= size[0], 1, 0)
         cut |= tl.where(origin[1] + WINDOW[1] >= size[1], 2, 0)
