@@ -25,14 +25,13 @@ class Partition(nn.Module):
 
 
 class Merge(Partition):
-    """An image's memory, taken for windows: as many of them as there are in an image of that size."""
+    """Windows on their grid, so that the image's size can be told from their shape. [B, H / 2, W / 3, 2, 3, C]"""
 
     def forward(self, x):
-        windows = x.reshape(-1, 2, 3, x.size(-1))
-        return torch.ops.swinops.window_merge(windows, [x.size(1), x.size(2)], [1, 1], self.backend)
+        return torch.ops.swinops.window_merge(x.flatten(0, 2), [2 * x.size(1), 3 * x.size(2)], [1, 1], self.backend)
 
     def public(self, x):
-        return window_merge(x.reshape(-1, 2, 3, x.shape[-1]), x.shape[1:-1], 1, backend=self.backend)
+        return window_merge(x.flatten(0, 2), (2 * x.shape[1], 3 * x.shape[2]), 1, backend=self.backend)
 
 
 class Attention(nn.Module):
@@ -77,6 +76,10 @@ def image(height, width, batch, device):
     return random_tensor((batch, height, width, 5), 0, device=device)
 
 
+def grid(height, width, batch, device):
+    return random_tensor((batch, height // 2, width // 3, 2, 3, 5), 0, device=device)
+
+
 def packed(height, width, batch, device):
     # sizes that the window does not divide, so that there are pads
     return random_tensor((batch, height - 1, width + 1, 3, 2, 5), 0, device=device)
@@ -89,16 +92,16 @@ def table(height, width, batch, device):
 # op -> module, input of a size and batch, axis that batch or heads lie on
 OPS = {
     "window_partition": (Partition, image, 0),
-    "window_merge": (Merge, image, 0),
+    "window_merge": (Merge, grid, 0),
     "window_attention": (Attention, packed, 0),
     "window_attention_qkvpacked": (PackedAttention, packed, 0),
     "relative_position_bias": (PositionBias, table, 1),
 }
-SIZES = [(4, 6), (6, 9), (8, 3), (10, 12)]
+SIZES = [(4, 9), (6, 12), (8, 6), (10, 15)]
 every_op = pytest.mark.parametrize("op", OPS)
 
 
-def make(op, backend, device, size=(4, 6), batch=1):
+def make(op, backend, device, size=SIZES[0], batch=1):
     module, inputs, _ = OPS[op]
     return module(backend, device), inputs(*size, batch, device)
 
@@ -122,7 +125,7 @@ def test_registration(op, backend, device):
     attention = {"bias": torch.float32, "pad_kv": torch.float32}
     calls = {
         "window_partition": lambda x: (x, [2, 3], [1, 1], backend),
-        "window_merge": lambda x: (x.reshape(-1, 2, 3, 5), [4, 6], [1, 1], backend),
+        "window_merge": lambda x: (x.flatten(0, 2), [4, 9], [1, 1], backend),
         "relative_position_bias": lambda x: (x, [2, 3], backend),
         "window_attention": lambda x: (*x.unbind(3), *parameters, [2, 3], [1, 1], None, "roll_pad", -100.0, backend),
         "window_attention_qkvpacked": lambda x: (x, *parameters, [2, 3], [1, 1], 0.3, "pad_roll", -100.0, backend),
