@@ -283,13 +283,17 @@ def _backward_kernel(
 
 @triton.jit
 def _dq_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, norm_ptr,
     dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries, in a loop over keys; and delta = sum_j p dp = sum_d out dout, for the other kernels."""
+    """dq of BLOCK_M queries, in a loop over keys; and delta = sum_j p dp = sum_d out dout, for the other kernels.
+
+    In fp32 a loop of its own sums delta, and norm, which makes the probabilities sum to one: out and lse were rounded,
+    and what that leaves over would be the same way off in every window.
+    """
     if k_strides is None:
         k_strides = q_strides
     if v_strides is None:
@@ -304,9 +308,29 @@ def _dq_kernel(
         q_valid = q_valid & (query < N)
         q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
-        out = load_tokens(out_ptr, out_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
-        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        if q_ptr.dtype.element_ty == tl.float32:
+            delta = tl.zeros((BLOCK_M,), tl.float32)
+            total = tl.full((BLOCK_M,), 1e-30, tl.float32)
+            for start in range(0, N, BLOCK_N):
+                key = start + tl.arange(0, BLOCK_N)
+                index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
+                k, v = load_keys(
+                    k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
+                    PADDED, HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
+                bias = load_bias(bias_ptr, head, query, key, N)
+                p = probabilities(
+                    q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION
+                )  # fmt: skip
+                total += tl.sum(p, 1)
+                delta += tl.sum(p * tl.dot(dout, tl.trans(v), input_precision=PRECISION), 1)
+            norm = 1.0 / total
+            delta *= norm
+            tl.store(norm_ptr + head + offset(b, q_index, lse_strides), norm, q_valid)
+        else:
+            out = load_tokens(out_ptr, out_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+            delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
         tl.store(delta_ptr + head + offset(b, q_index, lse_strides), delta, q_valid)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, N, BLOCK_N):
@@ -318,6 +342,8 @@ def _dq_kernel(
             )  # fmt: skip
             bias = load_bias(bias_ptr, head, query, key, N)
             p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+            if q_ptr.dtype.element_ty == tl.float32:
+                p *= norm[:, None]
             ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
         store_tokens(dq_ptr, grad_strides, head, b, q_index, q_valid, dq * scale, HEAD_DIM, BLOCK_D)
@@ -325,7 +351,7 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr, dpad_ptr,
     dout_strides, q_strides, k_strides, v_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -361,6 +387,8 @@ def _dkdv_kernel(
             delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
             bias = load_bias(bias_ptr, head, query, key, N)
             p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+            if q_ptr.dtype.element_ty == tl.float32:
+                p *= tl.load(norm_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)[:, None]
             dv += tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
             ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
@@ -378,7 +406,7 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dbias_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, dbias_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, norm_ptr, dbias_ptr,
     dout_strides, q_strides, k_strides, v_strides, lse_strides,
     size, windows, heads, chunks, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -415,6 +443,8 @@ def _dbias_kernel(
         lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
         delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
         p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
+        if q_ptr.dtype.element_ty == tl.float32:
+            p *= tl.load(norm_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)[:, None]
         dbias += p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     ptrs = dbias_ptr + (chunk.to(tl.int64) * heads + head) * (N * N) + query[:, None].to(tl.int64) * N + key[None, :]
     tl.store(ptrs, dbias, (query < N)[:, None] & (key < N)[None, :])
@@ -538,6 +568,7 @@ def window_attention_backward(
     mask_value: float,
 ) -> None:
     dout, q, k, v = unit_stride(dout), unit_stride(q), unit_stride(k), unit_stride(v)
+    lse = lse.contiguous()
     bias, pad_kv = (None if x is None else x.contiguous() for x in (bias, pad_kv))
     call = Call(q, window, shift, scale, pad_order, mask_value)
     if not call.windows:
@@ -578,12 +609,12 @@ def backward_tiled(
     dbias_sum: "Partials",
     dpad_sum: "Partials",
 ) -> None:
-    delta = torch.empty_like(lse)
+    delta, norm = torch.empty_like(lse), torch.empty_like(lse)
 
     config = configure("dq", dq, call.tokens)
     items = call.windows * -(-call.tokens // config.BLOCK_M)
     _dq_kernel[(config.programs(dq, items, call.heads), call.heads)](
-        dout, *inputs, out, lse, dq, delta,
+        dout, *inputs, out, lse, dq, delta, norm,
         call.strides(dout), *strides[:-1], call.strides(out), strides[-1], call.strides(dq),
         *call.sizes, *call.scalars, **call.constants, **config.options,
     )  # fmt: skip
@@ -592,7 +623,7 @@ def backward_tiled(
     items = call.windows * -(-call.tokens // config.BLOCK_N)
     programs = config.programs(dq, items, call.heads)
     _dkdv_kernel[(programs, call.heads)](
-        dout, *inputs, lse, delta, dk, dv, dpad_sum.allocate(programs),
+        dout, *inputs, lse, delta, norm, dk, dv, dpad_sum.allocate(programs),
         call.strides(dout), *strides, call.strides(dq), *call.sizes, *call.scalars, **call.constants, **config.options,
     )  # fmt: skip
 
@@ -601,6 +632,6 @@ def backward_tiled(
         tiles = -(-call.tokens // config.BLOCK_M) * -(-call.tokens // config.BLOCK_N)
         chunks = min(config.programs(dq, call.windows, call.heads * tiles), dbias_sum.most())
         _dbias_kernel[(chunks * tiles, call.heads)](
-            dout, *inputs, lse, delta, dbias_sum.allocate(chunks),
+            dout, *inputs, lse, delta, norm, dbias_sum.allocate(chunks),
             call.strides(dout), *strides, *call.sizes, chunks, *call.scalars, **call.constants, **config.options,
         )  # fmt: skip

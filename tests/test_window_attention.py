@@ -112,16 +112,6 @@ EVERY_DTYPE = [
     "bias in float32", "bias in float16", "72 tokens, both float32", "packed", "mask_value",
 ]  # fmt: skip
 PAIRS = [(case, dtype) for case in CASES for dtype in DTYPES if case in EVERY_DTYPE or dtype == torch.float16]
-BACKWARD_PAIRS = [
-    pytest.param(
-        *pair,
-        marks=pytest.mark.xfail(
-            pair == ("head_dim 256", torch.float32),
-            reason="recomputing probabilities from the log-sum-exp costs up to 1.5 times the bound",
-        ),
-    )
-    for pair in PAIRS
-]
 
 
 def lay_out(x, layout):
@@ -187,7 +177,7 @@ def test_forward_matches_reference(case, dtype, backend, device):
             assert_accurate(*results, f"{name}, {pad_order}")
 
 
-@pytest.mark.parametrize("case, dtype", BACKWARD_PAIRS, ids=str)
+@pytest.mark.parametrize("case, dtype", PAIRS, ids=str)
 def test_backward_matches_reference(case, dtype, backend, device):
     case = CASES[case]
     for pad_order in case.pad_orders:
