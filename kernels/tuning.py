@@ -49,8 +49,6 @@ ROWS = (
     ("forward", 80, MANY, 256, 4, Config(16, 16, 4, 1, MANY)),
     ("backward", 80, 16, 64, 4, Config(0, 16, 1, 1, 8, True)),
     ("backward", 80, 32, 32, 4, Config(0, 32, 2, 1, 4, True)),
-    ("backward", 100, 64, 32, 2, Config(0, 64, 4, 1, 2, True)),
-    ("backward", 90, 64, 32, 2, Config(0, 64, 4, 2, 2, True)),
     ("backward", 80, 64, 32, 2, Config(0, 64, 4, 1, 2, True)),
     ("backward", 90, 64, 64, 2, Config(0, 64, 8, 1, 1, True)),
     ("backward", 80, MANY, 256, 4, None),

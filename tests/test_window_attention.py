@@ -479,3 +479,19 @@ def test_accuracy_rule_fails_where_it_must():
             assert_accurate(wrong, plain, exact, "out")
     # plain PyTorch that overflowed allows nothing
     assert not accuracy(plain * 2, plain * float("inf"), exact).ok
+
+
+def test_float32_follows_torchs_setting():
+    """The kernels' products are tf32 where torch's own would be on CUDA, in either spelling of the setting."""
+    from swinops.kernels.window_attention import Call
+
+    x = torch.ones(1, 4, 4, 1, 8)
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed, precision in ((True, "tf32"), (False, "ieee")):
+            matmul.allow_tf32 = allowed
+            for dtype, expected in ((torch.float32, precision), (torch.bfloat16, "ieee")):
+                call = Call(x.to(dtype), (4, 4), (0, 0), 1.0, "pad_roll", -100.0)
+                assert call.constants["PRECISION"] == expected
+    finally:
+        matmul.allow_tf32 = before
