@@ -16,7 +16,7 @@ def _expand_kernel(
 ):  # fmt: skip
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(1).to(tl.int64)
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     di, hi, wi = window_tokens(pair // N, WINDOW)
     dj, hj, wj = window_tokens(pair % N, WINDOW)
     row = (

@@ -74,10 +74,11 @@ ROWS = (
 def configure(kernel: str, x: Tensor, tokens: int) -> Config | None:
     """A kernel's configuration; None for a "backward" that takes the three kernels dq, dkdv and dbias instead."""
     head_dim = max(16, triton.next_power_of_2(x.shape[-1]))
+    device = architecture(x)
     for name, arch, most_tokens, most_head_dim, most_bytes, config in ROWS:
         if (
             name == kernel
-            and architecture(x) >= arch
+            and device >= arch
             and tokens <= most_tokens
             and head_dim <= most_head_dim
             and x.itemsize <= most_bytes
@@ -89,7 +90,8 @@ def configure(kernel: str, x: Tensor, tokens: int) -> Config | None:
 def architecture(x: Tensor) -> int:
     """Compute capability of the tensor's device, 90 for 9.0; the interpreter on a CPU takes that one's."""
     major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    return major * 10 + minor
+    # 12.0 has neither the 9.0's nor the 10.0's matrix instructions: to these kernels it is an 8.0
+    return 80 if major >= 12 else major * 10 + minor
 
 
 def multiprocessors(x: Tensor) -> int:

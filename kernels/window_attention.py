@@ -79,6 +79,8 @@ def load_bias(bias_ptr, head, query, key, N: tl.constexpr):
     if bias_ptr is None:
         bias = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
     else:
+        if N * N >= 2**31:
+            query = query.to(tl.int64)
         ptrs = bias_ptr + head * (N * N) + (query[:, None] * N + key[None, :])
         bias = tl.load(ptrs, (query < N)[:, None] & (key < N)[None, :], other=0.0).to(tl.float32) * LOG2E
     return tl.where((key < N)[None, :], bias, float("-inf"))
@@ -463,11 +465,12 @@ class Call:
         self.windows = q.shape[0] * math.prod(-(-n // w) for n, w in zip(space, window, strict=True))
         self.sizes = three(space, 1), self.windows, self.heads
         self.scalars = scale, mask_value
+        padded = any(n % w for n, w in zip(space, window, strict=True))
         self.constants = {
             "WINDOW": three(window, 1),
             "SHIFT": three(shift, 0),
-            "ROLL_PAD": pad_order == "roll_pad",
-            "PADDED": any(n % w for n, w in zip(space, window, strict=True)),
+            "ROLL_PAD": padded and pad_order == "roll_pad",  # without pads the orders are one
+            "PADDED": padded,
             "PRECISION": "tf32" if q.dtype == torch.float32 and tf32_allowed() else "ieee",
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
@@ -609,7 +612,8 @@ def backward_tiled(
     dbias_sum: "Partials",
     dpad_sum: "Partials",
 ) -> None:
-    delta, norm = torch.empty_like(lse), torch.empty_like(lse)
+    delta = torch.empty_like(lse)
+    norm = torch.empty_like(lse) if dq.dtype == torch.float32 else None
 
     config = configure("dq", dq, call.tokens)
     items = call.windows * -(-call.tokens // config.BLOCK_M)

@@ -114,6 +114,11 @@ ATTENTION = {
     ),
     "v's dtype": (dict(v=torch.ones(SHAPE).double()), TypeError, "v must have the dtype of q, torch.float32"),
     "integers": (dict(q=torch.ones(SHAPE).int()), TypeError, "q must have a floating-point dtype, got torch.int32"),
+    "8-bit bias": (
+        dict(bias=torch.ones(2, 16, 16).to(torch.float8_e4m3fn)),
+        TypeError,
+        "bias must have a floating-point dtype of 16 bits or more, got torch.float8_e4m3fn",
+    ),
     "complex": (dict(q=torch.ones(SHAPE) * 1j), TypeError, "q must have a floating-point dtype, got torch.complex64"),
     "k's device": (dict(k=torch.ones(SHAPE, device="meta")), ValueError, "k must be on the device of q, cpu, got meta"),
     "bias's device": (

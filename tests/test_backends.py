@@ -115,3 +115,19 @@ def test_auto_on_a_gpu_is_a_kernel():
         assert backends.resolve("auto", x, op) is not reference
     with pytest.raises(RuntimeError, match='backend="reference" runs it in plain PyTorch'):
         window_attention(x.double(), x.double(), x.double(), window_size=2)
+
+
+@pytest.mark.parametrize("capability, table", [((8, 0), 80), ((8, 9), 89), ((9, 0), 90), ((10, 0), 100), ((12, 0), 80)])
+def test_architectures_of_the_table(capability, table, monkeypatch):
+    """12.0 lacks the matrix instructions that the rows for 9.0 and 10.0 count on."""
+    from swinops.kernels import tuning
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tuning.architecture(SimpleNamespace(is_cuda=True, device=None)) == table
+
+
+def test_float64_bias_leaves_the_dtype_of_the_log_sum_exp():
+    x = random_tensor((1, 4, 4, 1, 8), 0)
+    bias = torch.zeros(1, 4, 4, dtype=torch.float64)
+    arguments = (x, x, x, bias, None, [2, 2], [1, 1], None, "pad_roll", -100.0, "reference")
+    torch.library.opcheck(torch.ops.swinops.window_attention, arguments)

@@ -92,7 +92,7 @@ class SwinBlock(Swapped):
 
     def _attn(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            if self.own_in_script or (self.swinops_backend == "auto" and not x.is_cuda):
+            if self.own_in_script or (self.swinops_backend == "auto" and (not x.is_cuda or x.dtype == torch.float64)):
                 return self.library_attn(x)
             else:
                 return self.swinops_attn(x, self.attn.qkv.bias)

@@ -25,6 +25,13 @@ def check_float(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
 
 
+def check_computable(name: str, x: Tensor) -> None:
+    """``x`` is of a floating-point dtype that PyTorch adds and multiplies: the 8-bit ones are for storage."""
+    check_float(name, x)
+    if x.itemsize < 2:
+        raise TypeError(f"{name} must have a floating-point dtype of 16 bits or more, got {x.dtype}")
+
+
 def check_window(window: Sequence[int], shift: Sequence[int], axes: int) -> None:
     if len(window) != axes or any(w < 1 for w in window):
         raise ValueError(f"window_size must be at least 1 on each of the {axes} spatial axes, got {tuple(window)}")

@@ -66,7 +66,7 @@ def check_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> N
         raise ValueError(f"x must be [B, H, W, C] or [B, D, H, W, C], got {tuple(x.shape)}")
     check_float("x", x)
     check_window(window, shift, x.dim() - 2)
-    if any(size % w != 0 for size, w in zip(x.shape[1:-1], window, strict=True)):
+    if any(size < 1 or size % w != 0 for size, w in zip(x.shape[1:-1], window, strict=True)):
         raise ValueError(
             f"x must be [B, *space, C] with every axis divisible by the window {tuple(window)}, got {tuple(x.shape)}"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swinops.backends import resolve
-from swinops.ops.arguments import check_float, per_axis
+from swinops.ops.arguments import check_computable, per_axis
 
 
 def relative_position_bias(table: Tensor, window_size: int | Sequence[int], *, backend: str = "auto") -> Tensor:
@@ -37,7 +37,7 @@ def relative_position_bias(table: Tensor, window_size: int | Sequence[int], *, b
 def check(table: Tensor, window: Sequence[int]) -> None:
     if len(window) not in (2, 3) or any(w < 1 for w in window):
         raise ValueError(f"window_size must be at least 1 on each of two or three axes, got {tuple(window)}")
-    check_float("table", table)
+    check_computable("table", table)
     if table.dim() != 2 or table.shape[0] != offsets(window):
         raise ValueError(
             f"table must be [{offsets(window)}, heads] for the window {tuple(window)}, got {tuple(table.shape)}"
@@ -50,7 +50,7 @@ def check_backward(dbias: Tensor, window: Sequence[int]) -> None:
         raise ValueError(
             f"dbias must be [heads, {tokens}, {tokens}] for the window {tuple(window)}, got {tuple(dbias.shape)}"
         )
-    check_float("dbias", dbias)
+    check_computable("dbias", dbias)
 
 
 def offsets(window: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swinops.backends import resolve
-from swinops.ops.arguments import check_device, check_float, check_same, check_window, per_axis
+from swinops.ops.arguments import check_computable, check_device, check_same, check_window, per_axis
 
 
 def window_attention(
@@ -120,7 +120,7 @@ for schema in (
 def check(q: Tensor, k: Tensor, v: Tensor, call: Arguments) -> None:
     if q.dim() not in (5, 6):
         raise ValueError(f"q must be [B, H, W, heads, head_dim] or [B, D, H, W, heads, head_dim], got {tuple(q.shape)}")
-    check_float("q", q)
+    check_computable("q", q)
     check_same("k", k, "q", q)
     check_same("v", v, "q", q)
     if any(size < 1 for size in q.shape[1:]):
@@ -139,7 +139,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, call: Arguments) -> None:
 def check_optional(name: str, x: Tensor, layout: str, shape: tuple[int, int, int], q: Tensor) -> None:
     if x.dim() != 3 or any(n != expected for n, expected in zip(x.shape, shape, strict=True)):
         raise ValueError(f"{name} must be {layout} = {shape}, got {tuple(x.shape)}")
-    check_float(name, x)
+    check_computable(name, x)
     check_device(name, x, "q", q)
 
 

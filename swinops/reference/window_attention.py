@@ -72,9 +72,11 @@ def probabilities(
     scores = (q * scale) @ k.transpose(-1, -2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.to(scores.dtype)
     if mask is not None:
-        scores = (scores.unflatten(0, (-1 if len(scores) else 0, len(mask))) + mask[:, None]).flatten(0, 1)
+        scores = (scores.unflatten(0, (-1 if len(scores) else 0, len(mask))) + mask[:, None].to(scores.dtype)).flatten(
+            0, 1
+        )
     return scores.softmax(-1).to(scores.dtype), scores.logsumexp(-1, keepdim=True) / math.log(2)
 
 
