@@ -105,7 +105,7 @@ CASES = {
     "scale": Case((4, 4), (4, 4), (2, 2), scale=0.7),
     "mask_value": Case((4, 8), (4, 4), (2, 2), mask_value=-1.5),
 }
-# float16 takes the kernels of one tile wherever they fit; float32, whose backward is always tiled, runs these too
+# float16 takes the kernels of one tile wherever they fit; float32, whose backward is tiled above 32 tokens, runs these
 EVERY_DTYPE = [
     "wide", "ragged", "one shifted window", "shift larger than the map", "shift on one axis", "ragged volume",
     "empty batch", "head_dim 1", "head_dim 10", "head_dim 256", "49 tokens", "72 tokens, ragged", "neither",
