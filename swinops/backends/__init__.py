@@ -13,9 +13,14 @@ from torch import Tensor
 MODULES = {"cuda": "swinops.backends.cuda", "triton": "swinops.kernels", "reference": "swinops.reference"}
 
 
+def check_name(backend: str) -> None:
+    """Raise a ValueError unless ``backend`` is "auto" or one of ``MODULES``."""
+    if backend != "auto" and backend not in MODULES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, MODULES))}, got {backend!r}")
+
+
 def module(name: str) -> ModuleType:
-    if name not in MODULES:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, MODULES))}, got {name!r}")
+    check_name(name)
     return importlib.import_module(MODULES[name])
 
 

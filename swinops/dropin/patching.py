@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from swinops.backends import MODULES
+from swinops.backends import check_name
 
 if TYPE_CHECKING:
     from swinops.dropin.swap import Swapped
@@ -62,8 +62,7 @@ def patch(model: M, backend: str = "auto") -> M:
         TypeError: ``model`` is not a module.
         ValueError: There is no such backend.
     """
-    if backend != "auto" and backend not in MODULES:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, MODULES))}, got {backend!r}")
+    check_name(backend)
     table = Table()
     for row, module, cls in plan(model, backend):
         table.append(row)

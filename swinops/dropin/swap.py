@@ -8,7 +8,7 @@ import warnings
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swinops.backends import MODULES, why_not
 
@@ -128,13 +128,6 @@ def rebuild(kind: type[Swapped], original: type[nn.Module]) -> Swapped:
 def hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(len(h) > 0 for h in hooks)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a projection with parameters like ``x`` computes in, autocast included."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 @functools.cache

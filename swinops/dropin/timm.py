@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinops.dropin.swap import Call, Swapped, compute_dtype, hooked, no_kernel, warn_once
+from swinops.dropin.swap import Call, Swapped, hooked, no_kernel, warn_once
+from swinops.nn.layer_norm import projection_dtype
 from swinops.reference.window_attention import shift_mask
 
 
@@ -80,7 +81,7 @@ class SwinBlock(Swapped):
         heads = block.attn.num_heads
         head_dim = getattr(block.attn.proj, "in_features", block.dim) // heads
         return [
-            ("window_attention", table.device, compute_dtype(table), head_dim),
+            ("window_attention", table.device, projection_dtype(table), head_dim),
             ("relative_position_bias", table.device, table.dtype, heads),
         ]
 

@@ -1,0 +1,52 @@
+"""Whole models on this package's layers, one file per family. Names are timm's."""
+
+import difflib
+import fnmatch
+import os
+from typing import Any
+
+from torch import nn
+
+from swinops.models import swin
+from swinops.models.swin import SwinTransformer
+
+__all__ = ["SwinTransformer", "create_model", "list_models"]
+
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    name: (SwinTransformer, options) for name, options in swin.MODELS.items()
+}
+
+
+def create_model(
+    name: str, *, checkpoint: str | os.PathLike[str] | None = None, skip_head: bool = False, **options: Any
+) -> nn.Module:
+    """A model by its name, with its published settings and random parameters, or those of a file.
+
+    Args:
+        name: One of ``list_models()``.
+        checkpoint: A file of Microsoft's, timm's or this package's (.pth, .pt, .bin or .safetensors); nothing is
+            downloaded. See ``load_checkpoint``.
+        skip_head: Leave the head as it is: for a checkpoint with other classes.
+        options: Settings that differ from the published ones, such as ``num_classes``, ``img_size``, ``window_size``,
+            ``features_only`` or ``drop_path_rate``: the arguments of the model's class. None means as published.
+
+    Raises:
+        ValueError: There is no such model, or the checkpoint does not fit it.
+        TypeError: The model has no such setting.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=3)
+        hint = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(MODELS)}"
+        raise ValueError(f"name must be one of swinops.list_models(), got {name!r}: {hint}")
+    cls, published = MODELS[name]
+    model = cls(**published | {key: value for key, value in options.items() if value is not None})
+    if checkpoint is not None:
+        from swinops.checkpoints import load_checkpoint
+
+        load_checkpoint(model, checkpoint, skip_head=skip_head)
+    return model
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of models, sorted; ``pattern`` may hold ``*`` and ``?``."""
+    return sorted(fnmatch.filter(MODELS, pattern))

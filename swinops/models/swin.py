@@ -1,0 +1,226 @@
+"""Swin Transformer (arXiv 2103.14030). Parameters have timm's names."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from swinops.backends import check_name
+from swinops.nn import LayerNorm, PatchEmbed, PatchMerging, SwinBlock
+from swinops.ops.arguments import check_window, per_axis
+
+
+class SwinStage(nn.Module):
+    """Patch merging where wanted, then a block for each rate of ``drop_path``, every second one shifted."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        num_heads: int,
+        window_size: Sequence[int],
+        drop_path: Sequence[float],
+        *,
+        downsample: bool,
+        mlp_ratio: float,
+        pad_order: str,
+        backend: str,
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = PatchMerging(in_dim, dim, backend=backend) if downsample else nn.Identity()
+        shifts = [0] * len(window_size), [w // 2 for w in window_size]
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                dim,
+                num_heads,
+                window_size,
+                shift,
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+                pad_order=pad_order,
+                backend=backend,
+            )
+            for shift, rate in zip(itertools.cycle(shifts), drop_path)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, in_dim] -> [B, ceil(H / 2), ceil(W / 2), dim], or [B, H, W, dim] in the first stage."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class ClassifierHead(nn.Module):
+    """The mean of all tokens, projected to classes; the mean itself without classes."""
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, dim] -> [B, num_classes]"""
+        x = self.fc(x.mean((1, 2)))
+        return x
+
+
+class SwinTransformer(nn.Module):
+    """Swin Transformer V1. Takes images of any size and aspect ratio, from call to call.
+
+    Args:
+        img_size: Size in pixels, or (height, width), that the parameters are made for: a window larger than a stage's
+            feature map is cut to it. Other sizes are padded to whole patches and windows.
+        patch_size: Pixels of a patch.
+        num_classes: 0 for the mean of the last features.
+        embed_dim: Channels of the first stage; each later stage has twice as many.
+        depths, num_heads: Blocks and heads of each stage.
+        window_size: Tokens of a window, or (height, width).
+        mlp_ratio: Hidden channels of an MLP, as a multiple of the stage's.
+        drop_path_rate: Stochastic depth, rising linearly from 0 in the first block to this in the last.
+        absolute_pos_embed: Whether to add a learned position embedding after the patch embedding; of other image sizes
+            it is interpolated (bicubic).
+        features_only: Return the output of every stage, [B, C, H, W] each, in place of logits.
+        pad_order: "pad_roll" pads, then shifts (torchvision, Transformers); "roll_pad" shifts first (timm). The two
+            differ where a feature map does not divide by the window.
+        backend: "auto", or one of ``swinops.backends.MODULES``.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or ``depths`` and ``num_heads`` differ in length.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | Sequence[int] = 7,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.1,
+        absolute_pos_embed: bool = False,
+        features_only: bool = False,
+        pad_order: str = "pad_roll",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        check_name(backend)
+        if len(depths) != len(num_heads) or not depths or min(depths) < 1:
+            raise ValueError(
+                f"depths and num_heads must hold a positive int for each stage, got {depths} and {num_heads}"
+            )
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        window, image = per_axis(window_size, 2, "window_size"), per_axis(img_size, 2, "img_size")
+        check_window(window, (0, 0), 2)
+        if min(image) < 1:
+            raise ValueError(f"img_size must be at least 1, got {img_size}")
+        self.num_classes = num_classes
+        self.features_only = features_only
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, backend=backend)
+        grid = [-(-size // patch) for size, patch in zip(image, self.patch_embed.patch_size, strict=True)]
+        self.grid_size = tuple(grid)
+        self.absolute_pos_embed = (
+            nn.Parameter(torch.empty(1, grid[0] * grid[1], embed_dim)) if absolute_pos_embed else None
+        )
+
+        rates = (drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        stages = []
+        for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
+            if i:
+                grid = [-(-size // 2) for size in grid]
+            stages.append(
+                SwinStage(
+                    in_dim=dims[max(i - 1, 0)],
+                    dim=dim,
+                    num_heads=heads,
+                    window_size=[min(w, size) for w, size in zip(window, grid, strict=True)],
+                    drop_path=list(itertools.islice(rates, depth)),
+                    downsample=i > 0,
+                    mlp_ratio=mlp_ratio,
+                    pad_order=pad_order,
+                    backend=backend,
+                )
+            )
+        self.layers = nn.ModuleList(stages)
+        if not features_only:
+            self.norm = LayerNorm(dims[-1], backend=backend)
+            self.head = ClassifierHead(dims[-1], num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As published: normal weights of deviation 0.02 and zero biases; the patch projection as torch has it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.absolute_pos_embed is not None:
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are published without weight decay; biases and norms, which are 1-D, come on top."""
+        ending = ("relative_position_bias_table", "absolute_pos_embed")
+        return {name for name, _ in self.named_parameters() if name.endswith(ending)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only the input of each block and run the block again in backward."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> [B, ceil(H / patch), ceil(W / patch), embed_dim]"""
+        x = self.patch_embed(x)
+        if self.absolute_pos_embed is not None:
+            position = self.absolute_pos_embed.unflatten(1, self.grid_size)
+            if x.shape[1:3] != self.grid_size:
+                position = F.interpolate(position.permute(0, 3, 1, 2), x.shape[1:3], mode="bicubic").permute(0, 2, 3, 1)
+            x = x + position
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> the last stage's tokens, normalised. [B, h, w, C]"""
+        x = self.embed(x)
+        for stage in self.layers:
+            x = stage(x)
+        x = self.norm(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """[B, in_chans, H, W] -> [B, num_classes], or with ``features_only`` a [B, C, h, w] for each stage."""
+        if not self.features_only:
+            logits: Tensor = self.head(self.forward_features(x))
+            return logits
+        x = self.embed(x)
+        maps = []
+        for stage in self.layers:
+            x = stage(x)
+            maps.append(x.permute(0, 3, 1, 2))
+        return maps
+
+
+TINY: dict[str, Any] = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+SMALL: dict[str, Any] = dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
+BASE: dict[str, Any] = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+LARGE: dict[str, Any] = dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48))
+
+# with the drop path rates they were trained with
+MODELS = {
+    "swin_tiny_patch4_window7_224": dict(TINY, img_size=224, window_size=7, drop_path_rate=0.2),
+    "swin_small_patch4_window7_224": dict(SMALL, img_size=224, window_size=7, drop_path_rate=0.3),
+    "swin_base_patch4_window7_224": dict(BASE, img_size=224, window_size=7, drop_path_rate=0.5),
+    "swin_base_patch4_window12_384": dict(BASE, img_size=384, window_size=12, drop_path_rate=0.5),
+    "swin_large_patch4_window7_224": dict(LARGE, img_size=224, window_size=7, drop_path_rate=0.2),
+    "swin_large_patch4_window12_384": dict(LARGE, img_size=384, window_size=12, drop_path_rate=0.2),
+}

@@ -1,0 +1,57 @@
+"""LayerNorm on this package's kernels, alone and with the residual sum before it."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over the last axis, with its parameters and numbers.
+
+    Args:
+        dim: Size of the last axis.
+        eps: Added to the variance.
+        feeds_projection: Under autocast, return the dtype that a projection would cast to at once, where
+            ``torch.nn.LayerNorm`` returns float32 to be read again and rounded.
+        backend: "auto", or one of ``swinops.backends.MODULES``.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, feeds_projection: bool = False, backend: str = "auto"):
+        super().__init__(dim, eps=eps)
+        self.feeds_projection = feeds_projection
+        self.backend = backend
+
+    def out_dtype(self, x: Tensor) -> torch.dtype | None:
+        return projection_dtype(x) if self.feeds_projection else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[*, dim] -> [*, dim]"""
+        y: Tensor = torch.ops.swinops.layer_norm(x, self.weight, self.bias, self.eps, self.out_dtype(x), self.backend)[
+            0
+        ]
+        return y
+
+
+class AddLayerNorm(LayerNorm):
+    """The residual sum of a pre-norm block and the norm that follows it, in one pass over memory."""
+
+    def forward(self, x: Tensor, f: Tensor, sample_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """``s = x + sample_scale * f`` and its norm.
+
+        Args:
+            x, f: [B, *, dim]
+            sample_scale: A factor for each sample, without gradient (see ``DropPath``). [B]
+
+        Returns:
+            s and norm(s), both [B, *, dim]
+        """
+        s, y, _, _ = torch.ops.swinops.add_layer_norm(
+            x, f, sample_scale, self.weight, self.bias, self.eps, self.out_dtype(x), self.backend
+        )
+        return s, y
+
+
+def projection_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a projection of ``x``, or one with parameters like it, computes in, autocast included."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,0 +1,74 @@
+"""Window attention as a layer: projections around the op."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from swinops.ops.arguments import check_window, per_axis
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within the shifted windows of an image, with a relative position bias (arXiv 2103.14030).
+
+    The image need not divide by the window: pad tokens are keys that nobody masks, as published. On an axis that is no
+    longer than the window there is no shift, for one window holds all of it.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads, of ``dim // num_heads`` channels each.
+        window_size: Tokens of a window along each axis: an int for two equal ones, or two or three ints.
+        shift_size: Tokens that the windows are shifted by, an int or one per axis.
+        qkv_bias: Whether the projection to q, k and v has a bias, which is also the key and value of pads.
+        pad_order: "pad_roll" pads, then shifts (torchvision, Transformers); "roll_pad" shifts first (timm).
+        backend: "auto", or one of ``swinops.backends.MODULES``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int | Sequence[int],
+        shift_size: int | Sequence[int] = 0,
+        *,
+        qkv_bias: bool = True,
+        pad_order: str = "pad_roll",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"num_heads must divide dim, {dim}, got {num_heads}")
+        axes = 2 if isinstance(window_size, int) else len(window_size)
+        self.num_heads = num_heads
+        self.window_size = per_axis(window_size, axes, "window_size")
+        self.shift_size = per_axis(shift_size, axes, "shift_size")
+        check_window(self.window_size, self.shift_size, axes)
+        if pad_order not in ("pad_roll", "roll_pad"):
+            raise ValueError(f"pad_order must be 'pad_roll' or 'roll_pad', got {pad_order!r}")
+        self.pad_order = pad_order
+        self.backend = backend
+        offsets = math.prod(2 * w - 1 for w in self.window_size)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, num_heads))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, dim] -> [B, H, W, dim], or with a depth before H."""
+        space = x.shape[1:-1]
+        shift = [s if n > w else 0 for s, n, w in zip(self.shift_size, space, self.window_size, strict=True)]
+        bias = torch.ops.swinops.relative_position_bias(
+            self.relative_position_bias_table, self.window_size, self.backend
+        )
+        heads = (3, self.num_heads, -1)
+        pad_kv = None if self.qkv.bias is None else self.qkv.bias.view(heads)[1:]
+        out: Tensor = torch.ops.swinops.window_attention_qkvpacked(
+            self.qkv(x).unflatten(-1, heads), bias, pad_kv, self.window_size, shift,
+            None, self.pad_order, -100.0, self.backend,
+        )[0]  # fmt: skip
+        out = self.proj(out.flatten(-2))
+        return out
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, window_size={self.window_size}, shift_size={self.shift_size}"
