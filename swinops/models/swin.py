@@ -177,7 +177,7 @@ class SwinTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only the input of each block and run the block again in backward."""
         for stage in self.layers:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def embed(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, ceil(H / patch), ceil(W / patch), embed_dim]"""

@@ -15,9 +15,10 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int | Sequence[int], in_chans: int, dim: int, *, backend: str = "auto"):
         super().__init__()
-        self.patch_size = per_axis(patch_size, 2, "patch_size")
-        if min(self.patch_size) < 1:
+        height, width = per_axis(patch_size, 2, "patch_size")
+        if min(height, width) < 1:
             raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        self.patch_size = height, width
         self.proj = nn.Conv2d(in_chans, dim, self.patch_size, self.patch_size)
         self.norm = LayerNorm(dim, backend=backend)
 
