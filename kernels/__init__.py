@@ -5,10 +5,27 @@ import triton
 from torch import Tensor
 
 from swinops.kernels.cyclic_shift import window_merge, window_partition
+from swinops.kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_backward,
+    layer_norm,
+    layer_norm_add,
+    layer_norm_add_backward,
+    layer_norm_backward,
+)
+from swinops.kernels.patch_merging import patch_merging_norm, patch_merging_norm_backward
 from swinops.kernels.relative_position_bias import relative_position_bias, relative_position_bias_backward
 from swinops.kernels.window_attention import window_attention, window_attention_backward
 
 __all__ = [
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "layer_norm",
+    "layer_norm_add",
+    "layer_norm_add_backward",
+    "layer_norm_backward",
+    "patch_merging_norm",
+    "patch_merging_norm_backward",
     "relative_position_bias",
     "relative_position_bias_backward",
     "why_not",
@@ -36,6 +53,12 @@ def why_not(x: Tensor, op: str) -> str | None:
             return f"its window attention takes float32, float16 and bfloat16, not {x.dtype}"
         if x.shape[-1] > 256:
             return f"its window attention takes a head_dim up to 256, not {x.shape[-1]}"
+    elif op in ("layer_norm", "add_layer_norm", "layer_norm_add", "patch_merging_norm"):
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"its layer norm takes float32, float16 and bfloat16, not {x.dtype}"
+        C = x.shape[-1] * (4 if op == "patch_merging_norm" else 1)
+        if C > 8192:
+            return f"its layer norm takes rows of up to 8192 channels, not {C}"
     elif op == "relative_position_bias" and x.dtype == torch.float64:
         return "its relative position bias sums in float32, which loses float64's precision"
     return None

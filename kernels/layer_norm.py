@@ -1,0 +1,324 @@
+"""Layer normalisation, alone or with the residual sum before or after it, and over the groups of patch merging.
+
+A program keeps the weights in registers and loops over tiles of rows. Many short rows share a tile, so that a warp's
+loads are full at 96 channels as at 3072. A row is read once: its mean and then its variance are taken in registers.
+
+The backward kernel makes dx and the sums over rows in one pass. Each program writes one partial of dweight and dbias,
+and the partials, whose number depends on the shape and the device alone, are added in a fixed order: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swinops.kernels.cyclic_shift import on_device
+from swinops.kernels.tuning import configure_norm
+
+
+@triton.jit
+def addresses(row, exists, strides, size, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the elements of some rows lie, 64-bit, and whether they are there. [rows, BLOCK_C]
+
+    A row is one of a matrix, with one stride. Or, of an image of ``size`` (H, W) with strides of batch, height and
+    width, it is a group of 2 x 2 tokens: top left, bottom left, top right, bottom right, each of C / 4 channels.
+    """
+    channel = tl.arange(0, BLOCK_C)
+    mask = exists[:, None]
+    if BLOCK_C > C:  # else the mask is constant along the channels, for wide accesses
+        mask = mask & (channel < C)[None, :]
+    if size is None:
+        return row.to(tl.int64)[:, None] * strides[0] + channel[None, :], mask
+    else:
+        nH, nW = tl.cdiv(size[0], 2), tl.cdiv(size[1], 2)
+        b, h, w = row // nW // nH, row // nW % nH * 2, row % nW * 2
+        down, right = channel // (C // 4) % 2, channel // (C // 4) // 2
+        group = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + w.to(tl.int64) * strides[2]
+        token = down.to(tl.int64) * strides[1] + right.to(tl.int64) * strides[2]
+        mask = mask & (h[:, None] + down[None, :] < size[0]) & (w[:, None] + right[None, :] < size[1])
+        return group[:, None] + (token + channel % (C // 4))[None, :], mask
+
+
+@triton.jit
+def load_channels(ptr, default, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A vector [1, BLOCK_C] of weights, ``default`` where there is none."""
+    channel = tl.arange(0, BLOCK_C)
+    if ptr is None:
+        return tl.full((1, BLOCK_C), default, tl.float32)
+    else:
+        return tl.load(ptr + channel, channel < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_scale(sample_scale_ptr, row, exists, sample_rows):
+    """The factor of each row's sample. [rows, 1]"""
+    return tl.load(sample_scale_ptr + row // sample_rows, exists, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, f_ptr, residual_ptr, sample_scale_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_strides, f_strides, residual_strides, size, rows, sample_rows, eps,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """s = x + sample_scale f, or x where there is no f; y = residual + sample_scale norm(s), or norm(s) with none."""
+    m = tl.arange(0, BLOCK_M)
+    weight = load_channels(weight_ptr, 1.0, C, BLOCK_C)
+    bias = load_channels(bias_ptr, 0.0, C, BLOCK_C)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = tile * BLOCK_M + m
+        exists = m < rows - tile * BLOCK_M
+        place, mask = addresses(row, exists, (C,), None, C, BLOCK_C)
+        x_place, x_mask = addresses(row, exists, x_strides, size, C, BLOCK_C)
+        s = tl.load(x_ptr + x_place, x_mask, other=0.0).to(tl.float32)
+        if f_ptr is not None:
+            f = tl.load(f_ptr + addresses(row, exists, f_strides, None, C, BLOCK_C)[0], mask, other=0.0).to(tl.float32)
+            if sample_scale_ptr is not None:
+                f *= load_scale(sample_scale_ptr, row, exists, sample_rows)
+            rounded = (s + f).to(s_ptr.dtype.element_ty)
+            tl.store(s_ptr + place, rounded, mask)
+            s = rounded.to(tl.float32)
+        mean = tl.sum(s, 1) * (1.0 / C)
+        centred = s - mean[:, None]
+        if BLOCK_C > C:
+            centred = tl.where((tl.arange(0, BLOCK_C) < C)[None, :], centred, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / C) + eps)
+        y = centred * rstd[:, None] * weight + bias
+        if residual_ptr is not None:
+            residual_place, _ = addresses(row, exists, residual_strides, None, C, BLOCK_C)
+            if sample_scale_ptr is not None:
+                y *= load_scale(sample_scale_ptr, row, exists, sample_rows)
+            y += tl.load(residual_ptr + residual_place, mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask)
+        tl.store(mean_ptr + row, mean, exists)
+        tl.store(rstd_ptr + row, rstd, exists)
+
+
+@triton.jit
+def _backward_kernel(
+    ds_ptr, dy_ptr, s_ptr, mean_ptr, rstd_ptr, sample_scale_ptr, weight_ptr, dx_ptr, df_ptr, dweight_ptr, dbias_ptr,
+    ds_strides, dy_strides, s_strides, dx_strides, size, rows, sample_rows,
+    C: tl.constexpr, SCALED_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = ds + the gradient through the norm, df = sample_scale dx, and this program's sums of dweight and dbias.
+
+    SCALED_NORM: sample_scale multiplied the norm, so it multiplies dy and not df.
+    """
+    m = tl.arange(0, BLOCK_M)
+    weight = load_channels(weight_ptr, 1.0, C, BLOCK_C)
+    dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = tile * BLOCK_M + m
+        exists = m < rows - tile * BLOCK_M
+        place, mask = addresses(row, exists, dy_strides, None, C, BLOCK_C)
+        dy = tl.load(dy_ptr + place, mask, other=0.0).to(tl.float32)
+        place, s_mask = addresses(row, exists, s_strides, size, C, BLOCK_C)
+        s = tl.load(s_ptr + place, s_mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, exists, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, exists, other=0.0)[:, None]
+        if sample_scale_ptr is not None:
+            scale = load_scale(sample_scale_ptr, row, exists, sample_rows)
+            if SCALED_NORM:
+                dy *= scale
+        normed = (s - mean) * rstd
+        if dweight_ptr is not None:
+            dweight += dy * normed
+        if dbias_ptr is not None:
+            dbias += dy
+        # past the last channel dy is zero, and with it all that is summed
+        dnormed = dy * weight
+        along_one = tl.sum(dnormed, 1)[:, None] * (1.0 / C)
+        along_normed = tl.sum(dnormed * normed, 1)[:, None] * (1.0 / C)
+        dx = (dnormed - along_one - normed * along_normed) * rstd
+        if ds_ptr is not None:
+            place, _ = addresses(row, exists, ds_strides, None, C, BLOCK_C)
+            dx += tl.load(ds_ptr + place, mask, other=0.0).to(tl.float32)
+        place, dx_mask = addresses(row, exists, dx_strides, size, C, BLOCK_C)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), dx_mask)
+        if df_ptr is not None:
+            if sample_scale_ptr is not None:
+                dx *= scale
+            place, _ = addresses(row, exists, (C,), None, C, BLOCK_C)
+            tl.store(df_ptr + place, dx.to(df_ptr.dtype.element_ty), mask)
+    channel = tl.arange(0, BLOCK_C)
+    partial = tl.program_id(0).to(tl.int64) * C + channel
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), channel < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), channel < C)
+
+
+@triton.jit
+def _sum_kernel(
+    partials_ptr, dweight_ptr, dbias_ptr, programs, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Add the partials [2, programs, C], or [programs, C] of one gradient alone, in a fixed order."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    first = tl.program_id(1) * programs
+    for start in range(0, programs, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < programs)[:, None] & (channel < C)[None, :]
+        total += tl.load(partials_ptr + (first + p).to(tl.int64)[:, None] * C + channel[None, :], mask, other=0.0)
+    value = tl.sum(total, 0)
+    if dweight_ptr is not None and tl.program_id(1) == 0:
+        tl.store(dweight_ptr + channel, value.to(dweight_ptr.dtype.element_ty), channel < C)
+    if dbias_ptr is not None and tl.program_id(1) == tl.num_programs(1) - 1:
+        tl.store(dbias_ptr + channel, value.to(dbias_ptr.dtype.element_ty), channel < C)
+
+
+WORKSPACE = 10 * 2**20  # bytes that the partials of dweight and dbias may take
+
+
+def matrix(x: Tensor) -> Tensor:
+    """[*, C] -> [rows, C] with one stride for the rows and none for the channels: a view, or a copy where none is."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def strides(x: Tensor | None, size: tuple[int, int] | None = None) -> tuple[int, ...] | None:
+    """Those that ``addresses`` takes: of an image where there is a ``size``, else of [rows, C]."""
+    return None if x is None else x.stride()[: 1 if size is None else 3]
+
+
+def norm(
+    x: Tensor,
+    f: Tensor | None,
+    residual: Tensor | None,
+    sample_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor | None,
+    y: Tensor,
+    eps: float,
+    size: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill s and y, and return mean and rstd. ``x``: [rows, C], or with ``size`` an image of last stride 1."""
+    mean, rstd = (y.new_empty(y.shape[:-1], dtype=torch.float32) for _ in range(2))
+    rows, C = mean.numel(), y.shape[-1]
+    if rows:
+        config = configure_norm("forward", y, C, max(x.itemsize, y.itemsize))
+        sample_rows = rows // sample_scale.numel() if sample_scale is not None else 1
+        with on_device(x):
+            _forward_kernel[(config.programs(y, rows),)](
+                x, f, residual, *contiguous(sample_scale, weight, bias), s, y, mean, rstd,
+                strides(x, size), strides(f), strides(residual), size, rows, sample_rows, eps,
+                C, **config.options, enable_fp_fusion=True,
+            )  # fmt: skip
+    return mean, rstd
+
+
+def norm_backward(
+    ds: Tensor | None,
+    dy: Tensor,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sample_scale: Tensor | None,
+    weight: Tensor | None,
+    dx: Tensor,
+    df: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    scaled_norm: bool = False,
+    size: tuple[int, int] | None = None,
+) -> None:
+    """Fill dx and, where they are not None, df, dweight and dbias. ``s``: as x of ``norm``."""
+    rows, C = mean.numel(), dy.shape[-1]
+    wanted = [x for x in (dweight, dbias) if x is not None]
+    if not rows:
+        for gradient in wanted:
+            gradient.zero_()
+        return
+    config = configure_norm("backward", dy, C, max(dy.itemsize, s.itemsize))
+    programs = config.programs(dy, rows, WORKSPACE // (4 * C * max(1, len(wanted))))
+    partials = dy.new_empty(len(wanted), programs, C, dtype=torch.float32)
+    sample_rows = rows // sample_scale.numel() if sample_scale is not None else 1
+    with on_device(dy):
+        _backward_kernel[(programs,)](
+            ds, dy, s, *contiguous(mean, rstd, sample_scale, weight), dx, df,
+            None if dweight is None else partials[0], None if dbias is None else partials[-1],
+            strides(ds), strides(dy), strides(s, size), (C,) if size is None else strides(dx, size), size, rows,
+            sample_rows, C, scaled_norm, **config.options, enable_fp_fusion=True,
+        )  # fmt: skip
+        if wanted:
+            _sum_kernel[(triton.cdiv(C, 32), len(wanted))](partials, dweight, dbias, programs, C, 128, 32, num_warps=8)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=dtype)
+    return y, *norm(matrix(x), None, None, None, weight, bias, None, y, eps)
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    norm_backward(None, matrix(dy), matrix(x), mean, rstd, None, weight, dx, None, dweight, dbias)
+
+
+def add_layer_norm(
+    x: Tensor,
+    f: Tensor,
+    sample_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, f.dtype))
+    y = x.new_empty(x.shape, dtype=dtype)
+    return s, y, *norm(matrix(x), matrix(f), None, sample_scale, weight, bias, s, y, eps)
+
+
+def add_layer_norm_backward(
+    ds: Tensor | None,
+    dy: Tensor,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sample_scale: Tensor | None,
+    weight: Tensor | None,
+    dx: Tensor,
+    df: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    ds = None if ds is None else matrix(ds)
+    norm_backward(ds, matrix(dy), matrix(s), mean, rstd, sample_scale, weight, dx, df, dweight, dbias)
+
+
+def layer_norm_add(
+    x: Tensor, f: Tensor, sample_scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, f.dtype))
+    return out, *norm(matrix(f), None, matrix(x), sample_scale, weight, bias, None, out, eps)
+
+
+def layer_norm_add_backward(
+    dout: Tensor,
+    f: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sample_scale: Tensor | None,
+    weight: Tensor | None,
+    df: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    norm_backward(
+        None, matrix(dout), matrix(f), mean, rstd, sample_scale, weight, df, None, dweight, dbias, scaled_norm=True
+    )
