@@ -1,0 +1,96 @@
+"""``load_checkpoint``: read, rename, resize, check, and only then copy."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from swinops.checkpoints import microsoft, timm
+from swinops.checkpoints.reading import listed, parameters, read
+from swinops.checkpoints.resizing import resize, why_not_resized
+
+M = TypeVar("M", bound=nn.Module)
+
+logger = logging.getLogger("swinops")
+
+
+@torch.no_grad()
+def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, Any], *, skip_head: bool = False) -> M:
+    """Copy a checkpoint of Microsoft's, timm's or this package's into ``model``, all of it or nothing.
+
+    Bias tables of other window sizes and position embeddings of other image sizes are resized as published (bicubic).
+    That, and whatever of the checkpoint is left out, is one line of the log "swinops", at the level WARNING.
+
+    Args:
+        model: A model of ``swinops.models``. Parameters keep their dtype and device.
+        checkpoint: A .safetensors file, a file of ``torch.save`` (read with ``weights_only=True``), or what such a
+            file holds: names and tensors, also below "model" or "state_dict".
+        skip_head: Leave the model's head as it is: for a checkpoint with other classes, or without a head.
+
+    Returns:
+        ``model``
+
+    Raises:
+        FileNotFoundError: There is no such file. Nothing is downloaded.
+        ValueError: The file cannot be read, or does not fit the model; every missing, unexpected and wrongly shaped
+            name is in the message. The model is then unchanged.
+        ImportError: A .safetensors file, and no package to read it with.
+        TypeError: ``model`` is not a module, or ``checkpoint`` neither a path nor a mapping.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(checkpoint, Mapping):
+        source, contents = "the checkpoint", checkpoint
+    elif isinstance(checkpoint, (str, os.PathLike)):
+        source, contents = os.fspath(checkpoint), read(os.fspath(checkpoint))
+    else:
+        raise TypeError(f"checkpoint must be a path or a state dict, got {type(checkpoint).__name__}")
+    own = model.state_dict()
+    state, notes = parameters(contents, source)
+    library = microsoft if microsoft.recognises(state) else timm
+    state = library.convert(state)
+    if skip_head:
+        state = {name: x for name, x in state.items() if not name.startswith("head.")}
+        state |= {name: x for name, x in own.items() if name.startswith("head.")}
+    for part in ("norm.", "head."):
+        # a model that returns feature maps has neither, one without classes has no head
+        if any(name.startswith(part) for name in state) and not any(name.startswith(part) for name in own):
+            state = {name: x for name, x in state.items() if not name.startswith(part)}
+            notes.append(f"left out {part}*, which the model does not have")
+    state, resized = resize(model, state)
+    problems = misfits(own, state)
+    if problems:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(state)
+    if notes + resized:
+        logger.warning("%s: %s", source, "; ".join(notes + resized))
+    return model
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Why ``state`` cannot be copied into ``own``, in words."""
+    shared = {name: (x, own[name]) for name, x in state.items() if name in own}
+    missing = [name for name in own if name not in state]
+    misshapen = [name for name, (x, mine) in shared.items() if x.shape != mine.shape]
+    kinds = {
+        "missing": missing,
+        "unexpected": [name for name in state if name not in own],
+        "wrong shapes": [
+            f"{name} must be {list(own[name].shape)}, got {list(state[name].shape)}{why_not_resized(name, state[name])}"
+            for name in misshapen
+        ],
+        "not floating point": [
+            f"{name} ({str(x.dtype).removeprefix('torch.')})"
+            for name, (x, mine) in shared.items()
+            if mine.is_floating_point() and not x.is_floating_point()
+        ],
+    }
+    problems = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
+    if any(name.startswith("head.") for name in missing + misshapen):
+        problems.append("skip_head=True would leave the model's head as it is")
+    if any(mine.is_meta for mine in own.values()):
+        problems.append("the model is on the meta device: call model.to_empty(device=...) first")
+    return problems

@@ -1,0 +1,22 @@
+"""microsoft/Swin-Transformer, and timm before 1.0, which had its names."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+BUFFERS = ("relative_position_index", "attn_mask")
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    return "head.weight" in state or any(name.startswith("layers.0.downsample.") for name in state)
+
+
+def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """To this package's names. Here patch merging begins a stage, there it ends the one before."""
+    return {ours(name): x for name, x in state.items() if not name.endswith(BUFFERS)}
+
+
+def ours(name: str) -> str:
+    name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) + 1}.downsample.", name)
+    return re.sub(r"^head\.", "head.fc.", name)
