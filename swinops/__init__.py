@@ -3,6 +3,10 @@
 from swinops.dropin import check, explain, patch, patched, unpatch
 from swinops.models import create_model, list_models
 from swinops.ops import (
+    add_layer_norm,
+    layer_norm,
+    layer_norm_add,
+    patch_merging_norm,
     relative_position_bias,
     window_attention,
     window_attention_qkvpacked,
@@ -13,11 +17,15 @@ from swinops.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "add_layer_norm",
     "check",
     "create_model",
     "explain",
+    "layer_norm",
+    "layer_norm_add",
     "list_models",
     "patch",
+    "patch_merging_norm",
     "patched",
     "relative_position_bias",
     "unpatch",

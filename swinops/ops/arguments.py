@@ -43,11 +43,30 @@ def check_window(window: Sequence[int], shift: Sequence[int], axes: int) -> None
 
 def check_same(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """``x`` has the shape, dtype and device of ``like``."""
-    if x.shape != like.shape:
-        raise ValueError(f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(x.shape)}")
+    check_shape(name, x, like_name, like)
     if x.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
     check_device(name, x, like_name, like)
+
+
+def check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """``x`` has the shape and device of ``like``, and a dtype to compute with."""
+    check_shape(name, x, like_name, like)
+    check_computable(name, x)
+    check_device(name, x, like_name, like)
+
+
+def check_vector(name: str, vector: Tensor, layout: str, size: int, x: Tensor) -> None:
+    """``vector`` is [size], has a dtype to compute with and is on the device of ``x``."""
+    if vector.dim() != 1 or vector.shape[0] != size:
+        raise ValueError(f"{name} must be {layout} = ({size},), got {tuple(vector.shape)}")
+    check_computable(name, vector)
+    check_device(name, vector, "x", x)
+
+
+def check_shape(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(x.shape)}")
 
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
