@@ -1,5 +1,6 @@
 """Kernels for shifted-window attention, as differentiable PyTorch ops and drop-in layers."""
 
+from swinops.checkpoints import load_checkpoint
 from swinops.dropin import check, explain, patch, patched, unpatch
 from swinops.models import create_model, list_models
 from swinops.ops import (
@@ -24,6 +25,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_add",
     "list_models",
+    "load_checkpoint",
     "patch",
     "patch_merging_norm",
     "patched",

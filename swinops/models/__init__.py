@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from swinops.checkpoints import load_checkpoint
 from swinops.models import swin
 from swinops.models.swin import SwinTransformer
 
@@ -41,8 +42,6 @@ def create_model(
     cls, published = MODELS[name]
     model = cls(**published | {key: value for key, value in options.items() if value is not None})
     if checkpoint is not None:
-        from swinops.checkpoints import load_checkpoint
-
         load_checkpoint(model, checkpoint, skip_head=skip_head)
     return model
 

@@ -121,6 +121,8 @@ class SwinTransformer(nn.Module):
             )
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {drop_path_rate}")
         window, image = per_axis(window_size, 2, "window_size"), per_axis(img_size, 2, "img_size")
         check_window(window, (0, 0), 2)
         if min(image) < 1:

@@ -12,7 +12,7 @@ class DropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {rate}")
+            raise ValueError(f"rate must be at least 0 and less than 1, got {rate}")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor | None:

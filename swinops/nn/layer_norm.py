@@ -52,6 +52,7 @@ class AddLayerNorm(LayerNorm):
 
 def projection_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a projection of ``x``, or one with parameters like it, computes in, autocast included."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return x.dtype
