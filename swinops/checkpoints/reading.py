@@ -57,9 +57,10 @@ def parameters(contents: Any, source: str) -> tuple[dict[str, Tensor], list[str]
         if others:
             notes.append(f"took {nest!r}, not {' or '.join(others)}")
         contents = contents[nest]
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"{source} must hold a state dict, got {type(contents).__name__}")
     if not is_state_dict(contents):
-        items = contents.items() if isinstance(contents, Mapping) else [("checkpoint", contents)]
-        others = [f"{key} ({type(value).__name__})" for key, value in items if not isinstance(value, Tensor)]
+        others = [f"{key!r} ({type(value).__name__})" for key, value in contents.items() if not is_named(key, value)]
         raise ValueError(f"{source} must hold tensors by name, also below 'model', got {listed(others) or 'nothing'}")
     state = dict(contents)
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
@@ -68,8 +69,11 @@ def parameters(contents: Any, source: str) -> tuple[dict[str, Tensor], list[str]
 
 
 def is_state_dict(x: Any) -> bool:
-    named = isinstance(x, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in x.items())
-    return named and len(x) > 0
+    return isinstance(x, Mapping) and len(x) > 0 and all(is_named(key, value) for key, value in x.items())
+
+
+def is_named(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def listed(names: Sequence[str], shown: int = 6) -> str:
