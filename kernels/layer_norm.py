@@ -17,26 +17,56 @@ from swinops.kernels.tuning import configure_norm
 
 
 @triton.jit
-def addresses(row, exists, strides, size, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where the elements of some rows lie, 64-bit, and whether they are there. [rows, BLOCK_C]
+def tile_rows(tile, length, BLOCK_M: tl.constexpr):
+    """The line of rows that tile number ``tile`` lies in, its first row there, and which of its rows there are."""
+    tiles = tl.cdiv(length, BLOCK_M)
+    start = tile % tiles * BLOCK_M
+    return tile // tiles, start, tl.arange(0, BLOCK_M) < length - start
 
-    A row is one of a matrix, with one stride. Or, of an image of ``size`` (H, W) with strides of batch, height and
-    width, it is a group of 2 x 2 tokens: top left, bottom left, top right, bottom right, each of C / 4 channels.
-    """
-    channel = tl.arange(0, BLOCK_C)
-    mask = exists[:, None]
-    if BLOCK_C > C:  # else the mask is constant along the channels, for wide accesses
-        mask = mask & (channel < C)[None, :]
-    if size is None:
-        return row.to(tl.int64)[:, None] * strides[0] + channel[None, :], mask
+
+@triton.jit
+def tile_mask(exists, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which elements of a tile there are: constant along the channels if it can be, for wide accesses."""
+    if BLOCK_C == C:
+        return exists[:, None]
     else:
-        nH, nW = tl.cdiv(size[0], 2), tl.cdiv(size[1], 2)
-        b, h, w = row // nW // nH, row // nW % nH * 2, row % nW * 2
+        return exists[:, None] & (tl.arange(0, BLOCK_C) < C)[None, :]
+
+
+@triton.jit
+def row_ptrs(ptr, line, start, length, strides, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where a tile of a matrix lies. [BLOCK_M, BLOCK_C]"""
+    row = line.to(tl.int64) * length + start + tl.arange(0, BLOCK_M)
+    return ptr + (row * strides[0])[:, None] + tl.arange(0, BLOCK_C)[None, :]
+
+
+@triton.jit
+def token_ptrs(
+    ptr, line, start, length, strides, size, mask,
+    PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``row_ptrs`` with the mask; or, of an image of ``size`` (H, W), where the tokens lie that are merged into a tile.
+
+    A line then is two lines of the image, and a row 2 x 2 tokens: top left, bottom left, top right, bottom right. In an
+    image of odd size some are not there.
+    """
+    if size is None:
+        return row_ptrs(ptr, line, start, length, strides, BLOCK_M, BLOCK_C), mask
+    else:
+        nH = tl.cdiv(size[0], 2)
+        h, w = line % nH * 2, (start + tl.arange(0, BLOCK_M)) * 2
+        channel = tl.arange(0, BLOCK_C)
         down, right = channel // (C // 4) % 2, channel // (C // 4) // 2
-        group = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + w.to(tl.int64) * strides[2]
-        token = down.to(tl.int64) * strides[1] + right.to(tl.int64) * strides[2]
-        mask = mask & (h[:, None] + down[None, :] < size[0]) & (w[:, None] + right[None, :] < size[1])
-        return group[:, None] + (token + channel % (C // 4))[None, :], mask
+        if PADDED:
+            mask = mask & (down < size[0] - h)[None, :] & (w[:, None] + right[None, :] < size[1])
+        group = (line // nH).to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + w.to(tl.int64) * strides[2]
+        token = down.to(tl.int64) * strides[1] + right.to(tl.int64) * strides[2] + channel % (C // 4)
+        return ptr + group[:, None] + token[None, :], mask
+
+
+@triton.jit
+def load(ptrs, mask):
+    return tl.load(ptrs, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -46,37 +76,37 @@ def load_channels(ptr, default, C: tl.constexpr, BLOCK_C: tl.constexpr):
     if ptr is None:
         return tl.full((1, BLOCK_C), default, tl.float32)
     else:
-        return tl.load(ptr + channel, channel < C, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def load_scale(sample_scale_ptr, row, exists, sample_rows):
-    """The factor of each row's sample. [rows, 1]"""
-    return tl.load(sample_scale_ptr + row // sample_rows, exists, other=0.0).to(tl.float32)[:, None]
+        return load(ptr + channel, channel < C)[None, :]
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr, f_ptr, residual_ptr, sample_scale_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr,
-    x_strides, f_strides, residual_strides, size, rows, sample_rows, eps,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_strides, f_strides, residual_strides, size, lines, length, eps,
+    PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """s = x + sample_scale f, or x where there is no f; y = residual + sample_scale norm(s), or norm(s) with none."""
+    """s = x + sample_scale f, or x where there is no f; y = residual + sample_scale norm(s), or norm(s) with none.
+
+    Rows come in ``lines`` of ``length``, one for each sample where there is a sample_scale.
+    """
     m = tl.arange(0, BLOCK_M)
     weight = load_channels(weight_ptr, 1.0, C, BLOCK_C)
     bias = load_channels(bias_ptr, 0.0, C, BLOCK_C)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        row = tile * BLOCK_M + m
-        exists = m < rows - tile * BLOCK_M
-        place, mask = addresses(row, exists, (C,), None, C, BLOCK_C)
-        x_place, x_mask = addresses(row, exists, x_strides, size, C, BLOCK_C)
-        s = tl.load(x_ptr + x_place, x_mask, other=0.0).to(tl.float32)
+    for tile in tl.range(tl.program_id(0), lines * tl.cdiv(length, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+        line, start, exists = tile_rows(tile, length, BLOCK_M)
+        mask = tile_mask(exists, C, BLOCK_C)
+        ptrs, x_mask = token_ptrs(
+            x_ptr, line, start, length, x_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
+        )  # fmt: skip
+        s = load(ptrs, x_mask)
+        if sample_scale_ptr is not None:
+            scale = tl.load(sample_scale_ptr + line).to(tl.float32)
         if f_ptr is not None:
-            f = tl.load(f_ptr + addresses(row, exists, f_strides, None, C, BLOCK_C)[0], mask, other=0.0).to(tl.float32)
+            f = load(row_ptrs(f_ptr, line, start, length, f_strides, BLOCK_M, BLOCK_C), mask)
             if sample_scale_ptr is not None:
-                f *= load_scale(sample_scale_ptr, row, exists, sample_rows)
+                f *= scale
             rounded = (s + f).to(s_ptr.dtype.element_ty)
-            tl.store(s_ptr + place, rounded, mask)
+            tl.store(row_ptrs(s_ptr, line, start, length, (C,), BLOCK_M, BLOCK_C), rounded, mask)
             s = rounded.to(tl.float32)
         mean = tl.sum(s, 1) * (1.0 / C)
         centred = s - mean[:, None]
@@ -85,20 +115,22 @@ def _forward_kernel(
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / C) + eps)
         y = centred * rstd[:, None] * weight + bias
         if residual_ptr is not None:
-            residual_place, _ = addresses(row, exists, residual_strides, None, C, BLOCK_C)
             if sample_scale_ptr is not None:
-                y *= load_scale(sample_scale_ptr, row, exists, sample_rows)
-            y += tl.load(residual_ptr + residual_place, mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask)
-        tl.store(mean_ptr + row, mean, exists)
-        tl.store(rstd_ptr + row, rstd, exists)
+                y *= scale
+            y += load(row_ptrs(residual_ptr, line, start, length, residual_strides, BLOCK_M, BLOCK_C), mask)
+        ptrs = row_ptrs(y_ptr, line, start, length, (C,), BLOCK_M, BLOCK_C)
+        tl.store(ptrs, y.to(y_ptr.dtype.element_ty), mask)
+        row = line.to(tl.int64) * length + start
+        tl.store(mean_ptr + row + m, mean, exists)
+        tl.store(rstd_ptr + row + m, rstd, exists)
 
 
 @triton.jit
 def _backward_kernel(
     ds_ptr, dy_ptr, s_ptr, mean_ptr, rstd_ptr, sample_scale_ptr, weight_ptr, dx_ptr, df_ptr, dweight_ptr, dbias_ptr,
-    ds_strides, dy_strides, s_strides, dx_strides, size, rows, sample_rows,
-    C: tl.constexpr, SCALED_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ds_strides, dy_strides, s_strides, dx_strides, size, lines, length,
+    SCALED_NORM: tl.constexpr, PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = ds + the gradient through the norm, df = sample_scale dx, and this program's sums of dweight and dbias.
 
@@ -108,17 +140,19 @@ def _backward_kernel(
     weight = load_channels(weight_ptr, 1.0, C, BLOCK_C)
     dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        row = tile * BLOCK_M + m
-        exists = m < rows - tile * BLOCK_M
-        place, mask = addresses(row, exists, dy_strides, None, C, BLOCK_C)
-        dy = tl.load(dy_ptr + place, mask, other=0.0).to(tl.float32)
-        place, s_mask = addresses(row, exists, s_strides, size, C, BLOCK_C)
-        s = tl.load(s_ptr + place, s_mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, exists, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + row, exists, other=0.0)[:, None]
+    for tile in tl.range(tl.program_id(0), lines * tl.cdiv(length, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+        line, start, exists = tile_rows(tile, length, BLOCK_M)
+        mask = tile_mask(exists, C, BLOCK_C)
+        dy = load(row_ptrs(dy_ptr, line, start, length, dy_strides, BLOCK_M, BLOCK_C), mask)
+        ptrs, s_mask = token_ptrs(
+            s_ptr, line, start, length, s_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
+        )  # fmt: skip
+        s = load(ptrs, s_mask)
+        row = line.to(tl.int64) * length + start
+        mean = load(mean_ptr + row + m, exists)[:, None]
+        rstd = load(rstd_ptr + row + m, exists)[:, None]
         if sample_scale_ptr is not None:
-            scale = load_scale(sample_scale_ptr, row, exists, sample_rows)
+            scale = tl.load(sample_scale_ptr + line).to(tl.float32)
             if SCALED_NORM:
                 dy *= scale
         normed = (s - mean) * rstd
@@ -132,15 +166,16 @@ def _backward_kernel(
         along_normed = tl.sum(dnormed * normed, 1)[:, None] * (1.0 / C)
         dx = (dnormed - along_one - normed * along_normed) * rstd
         if ds_ptr is not None:
-            place, _ = addresses(row, exists, ds_strides, None, C, BLOCK_C)
-            dx += tl.load(ds_ptr + place, mask, other=0.0).to(tl.float32)
-        place, dx_mask = addresses(row, exists, dx_strides, size, C, BLOCK_C)
-        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), dx_mask)
+            dx += load(row_ptrs(ds_ptr, line, start, length, ds_strides, BLOCK_M, BLOCK_C), mask)
+        ptrs, dx_mask = token_ptrs(
+            dx_ptr, line, start, length, dx_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
+        )  # fmt: skip
+        tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), dx_mask)
         if df_ptr is not None:
             if sample_scale_ptr is not None:
                 dx *= scale
-            place, _ = addresses(row, exists, (C,), None, C, BLOCK_C)
-            tl.store(df_ptr + place, dx.to(df_ptr.dtype.element_ty), mask)
+            ptrs = row_ptrs(df_ptr, line, start, length, (C,), BLOCK_M, BLOCK_C)
+            tl.store(ptrs, dx.to(df_ptr.dtype.element_ty), mask)
     channel = tl.arange(0, BLOCK_C)
     partial = tl.program_id(0).to(tl.int64) * C + channel
     if dweight_ptr is not None:
@@ -182,8 +217,13 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def strides(x: Tensor | None, size: tuple[int, int] | None = None) -> tuple[int, ...] | None:
-    """Those that ``addresses`` takes: of an image where there is a ``size``, else of [rows, C]."""
+    """Of an image, those of batch, height and width, where there is a ``size``; else that of the rows of a matrix."""
     return None if x is None else x.stride()[: 1 if size is None else 3]
+
+
+def padded(size: tuple[int, int] | None) -> bool:
+    """Whether merging 2 x 2 tokens leaves some without four."""
+    return size is not None and any(n % 2 for n in size)
 
 
 def norm(
@@ -200,17 +240,24 @@ def norm(
 ) -> tuple[Tensor, Tensor]:
     """Fill s and y, and return mean and rstd. ``x``: [rows, C], or with ``size`` an image of last stride 1."""
     mean, rstd = (y.new_empty(y.shape[:-1], dtype=torch.float32) for _ in range(2))
-    rows, C = mean.numel(), y.shape[-1]
-    if rows:
+    if mean.numel():
+        C, lines = y.shape[-1], line_count(mean, sample_scale, size)
         config = configure_norm("forward", y, C, max(x.itemsize, y.itemsize))
-        sample_rows = rows // sample_scale.numel() if sample_scale is not None else 1
+        length = mean.numel() // lines
         with on_device(x):
-            _forward_kernel[(config.programs(y, rows),)](
+            _forward_kernel[(config.programs(y, lines, length),)](
                 x, f, residual, *contiguous(sample_scale, weight, bias), s, y, mean, rstd,
-                strides(x, size), strides(f), strides(residual), size, rows, sample_rows, eps,
-                C, **config.options, enable_fp_fusion=True,
+                strides(x, size), strides(f), strides(residual), size, lines, length, eps,
+                padded(size), C, **config.options, enable_fp_fusion=True,
             )  # fmt: skip
     return mean, rstd
+
+
+def line_count(mean: Tensor, sample_scale: Tensor | None, size: tuple[int, int] | None) -> int:
+    """Lines that rows come in, which no tile crosses: samples that have a factor each, or lines of merged images."""
+    if size is not None:
+        return mean.shape[:2].numel()
+    return 1 if sample_scale is None else sample_scale.numel()
 
 
 def norm_backward(
@@ -229,25 +276,25 @@ def norm_backward(
     size: tuple[int, int] | None = None,
 ) -> None:
     """Fill dx and, where they are not None, df, dweight and dbias. ``s``: as x of ``norm``."""
-    rows, C = mean.numel(), dy.shape[-1]
     wanted = [x for x in (dweight, dbias) if x is not None]
-    if not rows:
+    if not mean.numel():
         for gradient in wanted:
             gradient.zero_()
         return
+    C, lines = dy.shape[-1], line_count(mean, sample_scale, size)
+    length = mean.numel() // lines
     config = configure_norm("backward", dy, C, max(dy.itemsize, s.itemsize))
-    programs = config.programs(dy, rows, WORKSPACE // (4 * C * max(1, len(wanted))))
+    programs = config.programs(dy, lines, length, WORKSPACE // (4 * C * max(1, len(wanted))))
     partials = dy.new_empty(len(wanted), programs, C, dtype=torch.float32)
-    sample_rows = rows // sample_scale.numel() if sample_scale is not None else 1
     with on_device(dy):
         _backward_kernel[(programs,)](
             ds, dy, s, *contiguous(mean, rstd, sample_scale, weight), dx, df,
             None if dweight is None else partials[0], None if dbias is None else partials[-1],
-            strides(ds), strides(dy), strides(s, size), (C,) if size is None else strides(dx, size), size, rows,
-            sample_rows, C, scaled_norm, **config.options, enable_fp_fusion=True,
+            strides(ds), strides(dy), strides(s, size), (C,) if size is None else strides(dx, size), size,
+            lines, length, scaled_norm, padded(size), C, **config.options, enable_fp_fusion=True,
         )  # fmt: skip
         if wanted:
-            _sum_kernel[(triton.cdiv(C, 32), len(wanted))](partials, dweight, dbias, programs, C, 128, 32, num_warps=8)
+            _sum_kernel[(triton.cdiv(C, 8), len(wanted))](partials, dweight, dbias, programs, C, 512, 8, num_warps=8)
 
 
 def layer_norm(

@@ -91,10 +91,11 @@ def configure(kernel: str, x: Tensor, tokens: int) -> Config | None:
 
 
 class NormConfig(NamedTuple):
-    """A tile of BLOCK_M rows of BLOCK_C channels, warps, and programs a multiprocessor."""
+    """A tile of BLOCK_M rows of BLOCK_C channels, tiles that are loaded ahead, warps, programs a multiprocessor."""
 
     BLOCK_M: int
     BLOCK_C: int
+    STAGES: int
     num_warps: int
     per_sm: int
 
@@ -102,29 +103,29 @@ class NormConfig(NamedTuple):
     def options(self) -> dict[str, int]:
         return {n: v for n, v in self._asdict().items() if n != "per_sm"}
 
-    def programs(self, x: Tensor, rows: int, most: int = MANY) -> int:
-        """Programs that share the tiles of ``rows`` evenly, at most ``most`` and ``per_sm`` blocks a multiprocessor."""
-        tiles = -(-rows // self.BLOCK_M)
+    def programs(self, x: Tensor, lines: int, length: int, most: int = MANY) -> int:
+        """Programs that share the tiles evenly, at most ``most`` and ``per_sm`` blocks a multiprocessor."""
+        tiles = lines * -(-length // self.BLOCK_M)
         return -(-tiles // -(-tiles // min(most, multiprocessors(x) * self.per_sm)))
 
 
-# kernel, oldest architecture, largest BLOCK_C, largest element, elements of a tile, warps, programs a multiprocessor
+# kernel, oldest architecture, largest BLOCK_C, largest element,
+# elements of a tile, stages, warps, programs a multiprocessor
 NORM_ROWS = (
-    ("forward", 80, 256, 4, 4096, 4, 8),
-    ("forward", 80, 1024, 4, 4096, 4, 8),
-    ("forward", 80, 8192, 4, 8192, 8, 4),
-    ("backward", 80, 256, 4, 2048, 4, 4),
-    ("backward", 80, 1024, 4, 4096, 8, 2),
-    ("backward", 80, 8192, 4, 8192, 8, 1),
+    ("forward", 80, 1024, 4, 4096, 1, 4, 8),
+    ("forward", 80, 8192, 4, 8192, 1, 8, 4),
+    ("backward", 80, 256, 4, 2048, 2, 4, 4),
+    ("backward", 80, 4096, 4, 4096, 2, 8, 2),
+    ("backward", 80, 8192, 4, 8192, 2, 16, 1),
 )
 
 
 def configure_norm(kernel: str, x: Tensor, C: int, itemsize: int) -> NormConfig:
     """The configuration for rows of C channels; ``itemsize`` is that of the largest element."""
     block_c, device = triton.next_power_of_2(C), architecture(x)
-    for name, arch, most_channels, most_bytes, elements, num_warps, per_sm in NORM_ROWS:
+    for name, arch, most_channels, most_bytes, elements, stages, num_warps, per_sm in NORM_ROWS:
         if name == kernel and device >= arch and block_c <= most_channels and itemsize <= most_bytes:
-            return NormConfig(max(1, elements // block_c), block_c, num_warps, per_sm)
+            return NormConfig(max(1, elements // block_c), block_c, stages, num_warps, per_sm)
     raise KeyError(f"no configuration for {kernel}")
 
 
