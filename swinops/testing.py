@@ -53,21 +53,39 @@ def assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str) -> 
     )
 
 
-def differentiate(f: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor) -> dict[str, Tensor]:
-    """``f(**tensors)`` as "out", and for each tensor ``x`` that is not None its gradient as "dx"."""
+# what an op returns, one tensor or several, and a gradient for each: None for an output that nothing uses
+Outputs = Tensor | tuple[Tensor, ...]
+Gradients = Tensor | tuple[Tensor | None, ...]
+
+
+def differentiate(
+    f: Callable[..., Outputs], tensors: Mapping[str, Tensor | None], dout: Gradients
+) -> dict[str, Tensor]:
+    """``f(**tensors)`` as "out", and for each tensor ``x`` that is not None its gradient as "dx".
+
+    The outputs of an ``f`` that returns several are "out 0", "out 1" and so on.
+    """
     leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in tensors.items()}
     wanted = {f"d{name}": x for name, x in leaves.items() if x is not None}
     out = f(**leaves)
+    named = {"out": out} if isinstance(out, Tensor) else {f"out {n}": x for n, x in enumerate(out)}
+    used = [(x, d) for x, d in zip(named.values(), as_tuple(dout), strict=True) if d is not None]
     # zero where nothing depends on a tensor, as on pad_kv without pads
-    grads = torch.autograd.grad(out, list(wanted.values()), dout, materialize_grads=True)
-    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+    grads = torch.autograd.grad(
+        [x for x, _ in used], list(wanted.values()), [d for _, d in used], materialize_grads=True
+    )
+    return {**{name: x.detach() for name, x in named.items()}, **dict(zip(wanted, grads, strict=True))}
+
+
+def as_tuple(dout: Gradients) -> tuple[Tensor | None, ...]:
+    return (dout,) if isinstance(dout, Tensor) else dout
 
 
 def accuracies(
-    op: Callable[..., Tensor],
-    definition: Callable[..., Tensor],
+    op: Callable[..., Outputs],
+    definition: Callable[..., Outputs],
     tensors: Mapping[str, Tensor | None],
-    dout: Tensor,
+    dout: Gradients,
     draws: int = 16,
 ) -> dict[str, Accuracy]:
     """The accuracy of ``op(**tensors)`` and of each of its gradients, by the rule of ``accuracy``.
@@ -80,8 +98,9 @@ def accuracies(
     def plain_and_exact(draw: int) -> dict[str, tuple[Tensor, Tensor]]:
         drawn = {name: None if x is None else shuffled(x, draw * n) for n, (name, x) in enumerate(tensors.items(), 2)}
         exact = {name: None if x is None else x.double() for name, x in drawn.items()}
-        gradient = shuffled(dout, draw)
-        plain, ideal = differentiate(definition, drawn, gradient), differentiate(definition, exact, gradient.double())
+        gradient = tuple(None if d is None else shuffled(d, draw) for d in as_tuple(dout))
+        plain = differentiate(definition, drawn, gradient)
+        ideal = differentiate(definition, exact, tuple(None if d is None else d.double() for d in gradient))
         return {name: (plain[name], ideal[name]) for name in ideal}
 
     def largest(x: Tensor) -> float:
@@ -99,12 +118,16 @@ def accuracies(
 
 
 def assert_op_accurate(
-    op: Callable[..., Tensor], definition: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], dout: Tensor
+    op: Callable[..., Outputs],
+    definition: Callable[..., Outputs],
+    tensors: Mapping[str, Tensor | None],
+    dout: Gradients,
 ) -> None:
     """Raise an AssertionError with the numbers where ``op(**tensors)`` or one of its gradients is not accurate."""
     results = accuracies(op, definition, tensors, dout)
     wrong = [f"{name} is off by {x.error:.3g}, allowed {x.bound:.3g}" for name, x in results.items() if not x.ok]
-    assert not wrong, f"{dout.dtype}, out {list(dout.shape)}: {'; '.join(wrong)}"
+    outputs = ", ".join(f"{d.dtype} {list(d.shape)}" for d in as_tuple(dout) if d is not None)
+    assert not wrong, f"out {outputs}: {'; '.join(wrong)}"
 
 
 def shuffled(x: Tensor, places: int) -> Tensor:
@@ -192,3 +215,41 @@ def position_bias_inputs(
     rows, tokens = torch.Size([2 * w - 1 for w in window]).numel(), torch.Size(window).numel()
     table = random_tensor((rows, heads), 2 * seed, dtype, device)
     return table, random_tensor((heads, tokens, tokens), 2 * seed + 1, dtype, device)
+
+
+def norm_inputs(
+    shape: Sequence[int],
+    *,
+    merged: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weight: bool | torch.dtype = True,
+    bias: bool | torch.dtype = True,
+    f: bool | torch.dtype = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """x [*shape], f of that shape, and weight and bias [C], or [4C] where four tokens are ``merged``.
+
+    Each row of x and f has a mean and a spread of its own. ``f`` is left out where it is False; ``weight`` and ``bias``
+    are then None. Each is a dtype where it is not that of x.
+    """
+    channels = shape[-1] * (4 if merged else 1)
+
+    def rows(seed: int, dtype: torch.dtype) -> Tensor:
+        values, spread, mean = (
+            random_tensor(sizes, 10 * seed + n, device=device)
+            for n, sizes in enumerate((shape, (*shape[:-1], 1), (*shape[:-1], 1)))
+        )
+        return (values * spread.exp() + mean).to(dtype)
+
+    def parameter(wanted: bool | torch.dtype, seed: int) -> Tensor | None:
+        chosen = dtype if wanted is True else wanted
+        return random_tensor((channels,), seed, chosen, device) if chosen else None
+
+    branch = {"f": rows(6 * seed + 1, dtype if f is True else f)} if f else {}
+    return {
+        "x": rows(6 * seed, dtype),
+        **branch,
+        "weight": parameter(weight, 6 * seed + 2),
+        "bias": parameter(bias, 6 * seed + 3),
+    }
