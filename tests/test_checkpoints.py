@@ -199,7 +199,7 @@ def test_other_window(dtype, tmp_path, log):
     for name, x in from_microsoft(theirs).items():
         x = published(x.float(), (7, 7)) if name.endswith("table") else x.float()
         assert torch.equal(model.state_dict()[name], x), name
-    assert log() == [f"{path}: resized 4 bias tables from the window (4, 4) to (7, 7)"]
+    assert log() == [f"{path}: bias tables resized from the window (4, 4) to (7, 7): 4"]
 
 
 def test_window_cut_to_a_small_map(log):
@@ -210,7 +210,7 @@ def test_window_cut_to_a_small_map(log):
     name = "layers.1.blocks.1.attn.relative_position_bias_table"
     assert torch.equal(model.state_dict()[name], published(state[name], (3, 4)))
     assert torch.equal(model.state_dict()[TABLE], state[TABLE])
-    assert log() == ["the checkpoint: resized 2 bias tables from the window (4, 4) to (3, 4)"]
+    assert log() == ["the checkpoint: bias tables resized from the window (4, 4) to (3, 4): 2"]
 
 
 def test_other_image_size(log):
@@ -219,7 +219,7 @@ def test_other_image_size(log):
     image = theirs["absolute_pos_embed"].reshape(1, 8, 8, 16).permute(0, 3, 1, 2)
     expected = F.interpolate(image, (16, 10), mode="bicubic").permute(0, 2, 3, 1).reshape(1, 160, 16)
     assert torch.equal(model.state_dict()["absolute_pos_embed"], expected)
-    assert log() == ["the checkpoint: resized 1 position embeddings from (8, 8) patches to (16, 10)"]
+    assert log() == ["the checkpoint: position embeddings resized from (8, 8) patches to (16, 10): 1"]
 
 
 @pytest.mark.parametrize("window", [(2, 3), (1, 5)])  # the table of (1, 5) has 9 rows, like that of (2, 2)
@@ -381,7 +381,7 @@ def test_no_such_file(tmp_path):
 def test_no_checkpoint(contents, suffix, tmp_path):
     path = save(build().state_dict(), tmp_path / f"swin{suffix}")
     data = {"empty": b"", "text": b"<html>not found</html>\n" * 9, "truncated": path.read_bytes()[:-999]}
-    data["pickle"] = pickle.dumps({"model": 1})
+    data["pickle"] = pickle.dumps({"model": 1}, protocol=2)
     path.write_bytes(data[contents])
     model = build()
     with unchanged(model), pytest.raises(ValueError, match=rf"swin\{suffix}"):

@@ -1,4 +1,4 @@
-"""microsoft/Swin-Transformer, and timm before 1.0, which had its names."""
+"""microsoft/Swin-Transformer, and older versions of timm, which had its names."""
 
 import re
 from collections.abc import Mapping
@@ -19,4 +19,4 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def ours(name: str) -> str:
     name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) + 1}.downsample.", name)
-    return re.sub(r"^head\.", "head.fc.", name)
+    return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)

@@ -31,11 +31,11 @@ def resize(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         if name.endswith(TABLE):
             M = (side + 1) // 2
             resized[name] = resize_rows(x, (side, side), [2 * w - 1 for w in module.window_size])
-            counts[f"bias tables from the window {(M, M)} to {tuple(module.window_size)}"] += 1
+            counts[f"bias tables resized from the window {(M, M)} to {tuple(module.window_size)}"] += 1
         else:
             resized[name] = resize_rows(x[0], (side, side), module.grid_size)[None]
-            counts[f"position embeddings from {(side, side)} patches to {tuple(module.grid_size)}"] += 1
-    return resized, [f"resized {count} {what}" for what, count in counts.items()]
+            counts[f"position embeddings resized from {(side, side)} patches to {tuple(module.grid_size)}"] += 1
+    return resized, [f"{what}: {count}" for what, count in counts.items()]
 
 
 def resize_rows(rows: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
