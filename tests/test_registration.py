@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from swinops import relative_position_bias, window_attention, window_attention_qkvpacked, window_merge, window_partition
+from swinops import (
+    add_layer_norm,
+    layer_norm,
+    layer_norm_add,
+    patch_merging_norm,
+    relative_position_bias,
+    window_attention,
+    window_attention_qkvpacked,
+    window_merge,
+    window_partition,
+)
 from swinops.testing import random_tensor
 
 # modules whose forward TorchScript and fx understand: the op itself, for public functions check shapes in Python
@@ -72,6 +82,58 @@ class PositionBias(Partition):
         return relative_position_bias(x, (2, 3), backend=self.backend)
 
 
+class LayerNorm(nn.Module):
+    channels = 5
+
+    def __init__(self, backend: str, device: torch.device):
+        super().__init__()
+        self.backend = backend
+        self.weight = nn.Parameter(random_tensor((self.channels,), 1, device=device))
+        self.bias = nn.Parameter(random_tensor((self.channels,), 2, device=device))
+
+    def forward(self, x):
+        return torch.ops.swinops.layer_norm(x, self.weight, self.bias, 1e-5, None, self.backend)[0]
+
+    def public(self, x):
+        return layer_norm(x, self.weight, self.bias, backend=self.backend)
+
+
+class AddLayerNorm(LayerNorm):
+    """Both outputs in one, and a sample_scale and an f that are made from x."""
+
+    def forward(self, x):
+        s, y, _, _ = torch.ops.swinops.add_layer_norm(
+            x, x.sin(), x.detach().mean([1, 2, 3]), self.weight, self.bias, 1e-5, None, self.backend
+        )
+        return s * y
+
+    def public(self, x):
+        scale = x.detach().mean([1, 2, 3])
+        s, y = add_layer_norm(x, x.sin(), self.weight, self.bias, sample_scale=scale, backend=self.backend)
+        return s * y
+
+
+class LayerNormAdd(LayerNorm):
+    def forward(self, x):
+        return torch.ops.swinops.layer_norm_add(
+            x, x.sin(), x.detach().mean([1, 2, 3]), self.weight, self.bias, 1e-5, self.backend
+        )[0]
+
+    def public(self, x):
+        scale = x.detach().mean([1, 2, 3])
+        return layer_norm_add(x, x.sin(), self.weight, self.bias, sample_scale=scale, backend=self.backend)
+
+
+class PatchMergingNorm(LayerNorm):
+    channels = 20
+
+    def forward(self, x):
+        return torch.ops.swinops.patch_merging_norm(x, self.weight, self.bias, 1e-5, None, self.backend)[0]
+
+    def public(self, x):
+        return patch_merging_norm(x, self.weight, self.bias, backend=self.backend)
+
+
 def image(height, width, batch, device):
     return random_tensor((batch, height, width, 5), 0, device=device)
 
@@ -96,7 +158,12 @@ OPS = {
     "window_attention": (Attention, packed, 0),
     "window_attention_qkvpacked": (PackedAttention, packed, 0),
     "relative_position_bias": (PositionBias, table, 1),
+    "layer_norm": (LayerNorm, image, 0),
+    "add_layer_norm": (AddLayerNorm, image, 0),
+    "layer_norm_add": (LayerNormAdd, image, 0),
+    "patch_merging_norm": (PatchMergingNorm, image, 0),
 }
+NORMS = ["layer_norm", "add_layer_norm", "layer_norm_add", "patch_merging_norm"]
 SIZES = [(4, 9), (6, 12), (8, 6), (10, 15)]
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -122,15 +189,20 @@ def assert_equal(actual, expected):
 @every_op
 def test_registration(op, backend, device):
     module, x = make(op, backend, device)
-    attention = {"bias": torch.float32, "pad_kv": torch.float32}
+    f = x.half().sin().requires_grad_()
+    scale = torch.full((len(x),), 0.5, device=device)
     calls = {
         "window_partition": lambda x: (x, [2, 3], [1, 1], backend),
         "window_merge": lambda x: (x.flatten(0, 2), [4, 9], [1, 1], backend),
         "relative_position_bias": lambda x: (x, [2, 3], backend),
         "window_attention": lambda x: (*x.unbind(3), *parameters, [2, 3], [1, 1], None, "roll_pad", -100.0, backend),
         "window_attention_qkvpacked": lambda x: (x, *parameters, [2, 3], [1, 1], 0.3, "pad_roll", -100.0, backend),
+        "layer_norm": lambda x: (x, *parameters, 1e-5, torch.bfloat16, backend),
+        "add_layer_norm": lambda x: (x, f, scale, *parameters, 1e-5, torch.bfloat16, backend),
+        "layer_norm_add": lambda x: (x, f, scale, *parameters, 1e-5, backend),
+        "patch_merging_norm": lambda x: (x, *parameters, 1e-5, None, backend),
     }
-    parameters = [p.detach().requires_grad_() for p in module.parameters()] or [None] * len(attention)
+    parameters = [p.detach().requires_grad_() for p in module.parameters()] or [None, None]
     torch.library.opcheck(getattr(torch.ops.swinops, op), calls[op](x.requires_grad_()))
 
 
@@ -151,6 +223,32 @@ def test_registration_of_backward(op, grads, backend, device):
     out, lse = getattr(torch.ops.swinops, op)(*inputs, *settings)
     backward = getattr(torch.ops.swinops, f"{op}_backward")
     torch.library.opcheck(backward, (torch.ones_like(out), out, lse, *grads, *inputs, *settings), test_utils=checks)
+
+
+@pytest.mark.parametrize("grads", [(True, True), (False, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize("op", NORMS)
+def test_registration_of_the_backward_of_norms(op, grads, backend, device):
+    module, x = make(op, backend, device)
+    parameters = [p.detach() for p in module.parameters()]
+    f, scale = x.half().sin(), torch.full((len(x),), 0.5, device=device)
+    rows = {"add_layer_norm": (x, f, None), "layer_norm_add": (x, f, scale)}.get(op, (x,))
+    settings = (1e-5, backend) if op == "layer_norm_add" else (1e-5, None, backend)
+    *outputs, mean, rstd = getattr(torch.ops.swinops, op)(*rows, *parameters, *settings)
+    saved = (mean, rstd, *parameters, *grads, backend)
+    dout = torch.ones_like(outputs[-1])
+    # with a gradient of s and without, with a df of its own and without
+    calls = {
+        "layer_norm": [(dout, x)],
+        "patch_merging_norm": [(dout, x)],
+        "add_layer_norm": [
+            (None, dout, outputs[0], None, torch.float32, torch.float32),
+            (dout, dout, outputs[0], scale, torch.float32, torch.float16),
+        ],
+        "layer_norm_add": [(dout, f, scale)],
+    }
+    for call in calls[op]:
+        backward = getattr(torch.ops.swinops, f"{op}_backward")
+        torch.library.opcheck(backward, (*call, *saved), test_utils=("test_schema", "test_faketensor"))
 
 
 @every_op
@@ -210,7 +308,7 @@ def test_export_dynamic_batch(op, backend, device):
 
 @every_op
 def test_autocast(op, backend, device):
-    """q, k and v are cast; bias and pad_kv are not, nor is what only moves. Gradients have their tensor's dtype."""
+    """q, k and v are cast; bias and pad_kv are not, nor is any other tensor. Gradients have their tensor's dtype."""
     module, x = make(op, backend, device)
     with torch.autocast(device.type, torch.bfloat16):
         out, *grads = results(module, module, x)
@@ -235,6 +333,30 @@ def test_autocast_leaves_float64(op, device):
     module, x = make(op, "reference", device)
     with torch.autocast(device.type, torch.bfloat16):
         assert module(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("op", NORMS)
+def test_autocast_of_norms(op, backend, device):
+    """The norm of half precision is float32, as torch's on CUDA, unless a dtype is asked for; a sum keeps its own."""
+    module, x = make(op, backend, device)
+    x, settings = x.bfloat16(), [*module.parameters(), 1e-5]
+    call = getattr(torch.ops.swinops, op)
+    if op == "layer_norm_add":
+        with torch.autocast(device.type, torch.bfloat16):
+            out = call(x, x.sin(), None, *settings, backend)[0]
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, call(x, x.sin(), None, *settings, backend)[0])
+        return
+    rows = (x, x.sin(), None) if op == "add_layer_norm" else (x,)
+    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)):
+        with torch.autocast(device.type, torch.bfloat16):
+            *sums, y, _, _ = call(*rows, *settings, dtype, backend)
+        assert y.dtype == expected and all(s.dtype == torch.bfloat16 for s in sums)
+        assert torch.equal(y, call(*rows, *settings, expected, backend)[-3])
+    with torch.autocast(device.type, torch.bfloat16):
+        assert call(*(None if x is None else x.double() for x in rows), *settings, None, "reference")[-3].dtype == (
+            torch.float64
+        )
 
 
 @every_op
