@@ -6,6 +6,8 @@ are taken within a round. Reported are medians, with the 20th and 80th percentil
 
 import csv
 import functools
+import gc
+import json
 import os
 import platform
 import random
@@ -13,20 +15,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from swinops import backends
 from swinops.testing import accuracy, differentiate
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 BASELINE = "pytorch"
+OUT_OF_MEMORY = "out of memory"
 FORWARD, BOTH = "forward", "forward+backward"
 Tensors = dict[str, Tensor | None]
 Results = dict[str, Tensor]
@@ -106,6 +112,7 @@ class CUDAClock:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def recover(self) -> None:
+        gc.collect()  # modules and their graphs refer to each other
         torch.cuda.empty_cache()
 
 
@@ -119,9 +126,11 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     clock: Clock
-    bar: tqdm
+    bar: "tqdm"
     quick: bool = False
     full: bool = False
+    tf32: bool = False  # in the matrix products of float32
+    compiler: str = "inductor"  # or another backend of torch.compile, which takes no mode
     compile_mode: str = "default"
     seconds: float = 2.0  # of timing for one comparison
     say: Callable[[str], None] = print
@@ -132,15 +141,18 @@ class Settings:
         """At least, at most."""
         return (3, 3) if self.quick else (7, 100)
 
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.tf32 else dtype_name(self.dtype)
+
     def compile(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        if self.quick:  # graphs, but no code: that takes minutes on a CPU
-            return torch.compile(f, dynamic=False, backend="eager")
-        return torch.compile(f, dynamic=False, mode=self.compile_mode)
+        mode = self.compile_mode if self.compiler == "inductor" else None
+        return torch.compile(f, dynamic=False, backend=self.compiler, mode=mode)
 
     @property
     def compiled(self) -> str:
         """For the record."""
-        return "eager backend" if self.quick else self.compile_mode
+        return self.compile_mode if self.compiler == "inductor" else f"{self.compiler} backend"
 
 
 def make_clock(device: torch.device) -> Clock:
@@ -168,10 +180,17 @@ class Outcome:
     ratio: Spread | None = None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """A CPU has no exception of its own for that, only words."""
+    words = ("DefaultCPUAllocator", "not enough memory")
+    said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def reason(error: BaseException) -> str:
     """One line, of an exception that may hold pages."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+    if out_of_memory(error):
+        return OUT_OF_MEMORY
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
@@ -184,12 +203,14 @@ def compare(
     title: str,
     baseline: str = BASELINE,
     weight: float = 1.0,
+    needs_all: bool = False,
 ) -> dict[str, Outcome]:
     """Check every contender, then time those that are right.
 
     Args:
         expected: For each tensor to check, its value in plain PyTorch in the same dtype and in float64.
         weight: What the comparison counts in the progress bar.
+        needs_all: A contender that is out of memory when it is checked ends the comparison, its outcome the last.
     """
     step = weight / (len(contenders) + 1)
     torch.compiler.reset()  # or the graphs of earlier shapes count against the limit of a function
@@ -211,8 +232,11 @@ def compare(
             settings.clock.recover()
         outcomes[contender.name] = outcome
         settings.bar.update(step)
+        if needs_all and outcome.status == OUT_OF_MEMORY:
+            return outcomes
     settings.bar.set_description(f"{title}: timing"[:70])
-    for name, times in race(runs, outcomes, settings).items():
+    times = race(runs, outcomes, settings)
+    for name in times:
         outcomes[name].time = spread(times[name])
         if baseline in times:
             outcomes[name].ratio = paired_ratio(times[baseline], times[name])
@@ -228,8 +252,8 @@ def check(results: Results, expected: Mapping[str, tuple[Tensor, Tensor]]) -> An
 
 def race(
     runs: dict[str, Callable[[], Any]], outcomes: dict[str, Outcome], settings: Settings
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a call in each round, all of them for each implementation that finished."""
+) -> dict[str, list[float]]:
+    """Seconds of a call in each round, for each implementation that finished."""
     clock, order = settings.clock, random.Random(0)
     estimates, calls = {}, {}
 
@@ -260,7 +284,7 @@ def race(
         for name, mark in marks.items():
             if name in times:
                 times[name].append(clock.read(mark))
-    return {name: times for name in times}
+    return times
 
 
 @dataclass
@@ -347,7 +371,7 @@ def measure(cases: Iterable[Case], settings: Settings) -> list[dict[str, Any]]:
             contenders = [each.contender(name, case, direction) for name, each in case.implementations.items()]
             outcomes = compare(contenders, case.expected(direction), settings, title)
             new = [op_row(case, direction, name, outcome, settings) for name, outcome in outcomes.items()]
-            settings.say(f"\n{case.op}, {case.shape}, {direction}, {dtype_name(settings.dtype)}")
+            settings.say(f"\n{case.op}, {case.shape}, {direction}, {settings.precision}")
             settings.say(table([op_cells(row) for row in new]))
             rows += new
     return rows
@@ -374,7 +398,7 @@ def op_row(case: Case, direction: str, name: str, outcome: Outcome, settings: Se
         "peak_mem_mb": number(outcome.peak),
         "error": number(outcome.error),
         "allowed": number(outcome.allowed),
-        "dtype": dtype_name(settings.dtype),
+        "dtype": settings.precision,
         "compile": outcome.compile,
         **machine(settings.device),
     }
@@ -468,12 +492,35 @@ def commit() -> str:
     return installed("swinops")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Under another name first: a file that is there is whole."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write under; what is written takes the name ``path`` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="") as file:
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise now the OSError that writing ``path`` would end in."""
+    if path.is_dir():
+        raise IsADirectoryError("it is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch()
+    temporary.unlink()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
+
+
+def write_json(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n")

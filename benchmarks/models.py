@@ -1,47 +1,113 @@
-"""timm's Swin before and after ``swinops.patch``: its logits for a photograph, and its speed."""
+"""timm's Swin, as it is and after ``swinops.patch``, and this package's own model with the same parameters: speed."""
 
 import copy
 import functools
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import time
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swinops
-from swinops import backends
 from swinops.benchmarks.harness import (
+    OUT_OF_MEMORY,
     Contender,
     Outcome,
     Results,
     Settings,
     compare,
-    dtype_name,
     machine,
     number,
+    out_of_memory,
+    reason,
     shown,
     table,
-    why_not_timed,
     with_range,
 )
-from swinops.testing import accuracy
 
-PHOTOGRAPH = Path(__file__).with_name("chelsea.png")
 MODEL = "swin_tiny_patch4_window7_224"
 CUT = {"embed_dim": 32, "depths": (2, 1), "num_heads": (2, 4), "num_classes": 100}  # for --quick
 TIMM = "timm"
 CHUNK = 16  # images at a time in float64, whose scores are large
+MODES = {"infer": "inference", "train": "training step"}
+WEIGHTS = {"infer": 4, "train": 8}  # in the progress bar
+
+
+class Precision(NamedTuple):
+    name: str  # in the rows
+    dtype: torch.dtype  # of parameters and images
+    autocast: torch.dtype | None = None
+
+    def context(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+
+PRECISIONS = {
+    "float32": Precision("float32", torch.float32),
+    "bfloat16": Precision("bfloat16", torch.bfloat16),
+    "float16": Precision("float16", torch.float16),
+    "amp": Precision("amp_bfloat16", torch.float32, torch.bfloat16),
+    "tf32": Precision("tf32", torch.float32),
+}
+
+
+Build = Callable[[nn.Module], tuple[Callable[[], Any], Callable[[], Results]]]
+
+
+@dataclass
+class Subject:
+    """A model to be timed, and how."""
+
+    name: str  # in the rows
+    model: nn.Module  # timm's
+    ours: Callable[[], nn.Module] | None  # makes this package's, with the parameters of timm's
+    batch: int
+    precisions: dict[str, Precision]  # for each of MODES that is measured
+    channels_last: bool = False
+    compiled: bool = True  # also under torch.compile
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        height, width = self.model.patch_embed.img_size
+        return height, width
+
+    def place(self, x: Any, mode: str, settings: Settings) -> Any:
+        """A model or images, where and as they are timed."""
+        options = {"memory_format": torch.channels_last} if self.channels_last else {}
+        return x.to(device=settings.device, dtype=self.precisions[mode].dtype, **options)
+
+    def images(self, batch: int, mode: str, settings: Settings) -> Tensor:
+        x = torch.randn(batch, 3, *self.img_size, generator=torch.Generator().manual_seed(0))
+        return self.place(x, mode, settings)
+
+    def contenders(self, mode: str, model: nn.Module, build: Build, settings: Settings) -> list[Contender]:
+        """``build`` is called with copies of ``model``, with what replaces it, and with each of them compiled."""
+
+        def ours() -> nn.Module:
+            own = self.place(self.ours(), mode, settings).train(model.training)
+            own.load_state_dict(model.state_dict())
+            return own
+
+        makers = {TIMM: lambda: copy.deepcopy(model), "patched": lambda: swinops.patch(copy.deepcopy(model))}
+        if self.ours is not None:
+            makers["swinops"] = ours
+        found = []
+        for name, make in makers.items():
+            found.append(Contender(name, lambda make=make: build(make())))
+            if self.compiled:
+                compiled = Contender(
+                    f"{name}-compiled", lambda make=make: build(settings.compile(make())), settings.compiled
+                )
+                found.append(compiled)
+        return found
 
 
 def import_timm() -> ModuleType:
@@ -105,16 +171,12 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def photograph(height: int, width: int) -> Tensor:
-    """The photograph cut to the aspect ratio around its centre, resized and normalised as for ImageNet. [1, 3, H, W]"""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(PHOTOGRAPH) as image:
-        pixels = np.array(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
-    x = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    return ((x - mean) / std)[None]
+def own_model(name: str, **options: Any) -> Callable[[], nn.Module] | None:
+    """What makes this package's model of that name; None where it has none."""
+    name = name.partition(".")[0]
+    if name not in swinops.list_models():
+        return None
+    return functools.partial(swinops.create_model, name, drop_path_rate=0.0, pad_order="roll_pad", **options)
 
 
 @contextmanager
@@ -125,176 +187,39 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def logits_on_photograph(model: nn.Module, x: Tensor, names: list[str]) -> dict[str, Any]:
-    """The logits of ``model`` before and after ``patch``, for each backend, against float64."""
-    before = model(x)
-    exact = copy.deepcopy(model).double()(x.double())
-    without = copy.deepcopy(model)
-    for name, parameter in without.named_parameters():
-        if name.endswith("relative_position_bias_table"):
-            parameter.zero_()
-    rows = []
-    for name in names:
-        with quiet(), swinops.patched(copy.deepcopy(model), backend=name) as patched:
-            reasons = {row.reason for row in swinops.explain(patched, backend=name) if "own forward" in row.reason}
-            after = patched(x)
-        exactness = accuracy(after, before, exact)
-        rows.append(
-            {
-                "backend": name,
-                "difference": float((after - before).abs().max()),
-                "relative": float((after - before).abs().max() / exact.abs().max()),
-                "error": exactness.error,
-                "ok": exactness.ok,
-                "top5": len(set(after[0].topk(5).indices.tolist()) & set(before[0].topk(5).indices.tolist())),
-                "note": "; ".join(reasons),
-            }
-        )
-    return {
-        "largest": float(exact.abs().max()),
-        "error": float((before - exact).abs().max()),
-        "bias": float((without(x) - before).abs().max()),
-        "top5": exact[0].topk(5).indices.tolist(),
-        "rows": rows,
-    }
+def inference(subject: Subject, batch: int, settings: Settings) -> dict[str, Outcome]:
+    model = subject.place(copy.deepcopy(subject.model), "infer", settings)
+    x = subject.images(batch, "infer", settings)
+    precision = subject.precisions["infer"]
 
-
-def describe(found: Mapping[str, Any], random: bool) -> str:
-    lines = ["every parameter is random (seed 0): nothing is downloaded, and the logits mean nothing"] if random else []
-    lines += [
-        f"largest logit {found['largest']:.3g}; without the position bias the logits move by {found['bias']:.2g}",
-        f"timm's own error against float64: {found['error']:.2g}",
-    ]
-    cells = [
-        {
-            "patch": row["backend"],
-            "largest difference": f"{row['difference']:.2g}",
-            "of the largest logit": f"{row['relative']:.2g}",
-            "error against float64": f"{row['error']:.2g}" + ("" if row["ok"] else "  WRONG"),
-            "top 5 that agree": f"{row['top5']} of 5",
-        }
-        for row in found["rows"]
-    ]
-    lines = [f"  {line}" for line in lines] + [table(cells)]
-    return "\n".join(lines + [f"  {row['backend']}: {row['note']}" for row in found["rows"] if row["note"]])
-
-
-def demonstrate(model: nn.Module, title: str, random: bool, settings: Settings) -> bool:
-    """Print how far ``patch`` moves the logits of the photograph; False where that is too far."""
-    height, width = model.patch_embed.img_size
-    model = copy.deepcopy(model).to(settings.device, settings.dtype)
-    x = photograph(height, width).to(settings.device, settings.dtype)
-    runs = [name for name in backends.MODULES if why_not_timed(name, x, "window_attention") is None]
-    settings.bar.set_description("a photograph, before and after patch")
-    found = logits_on_photograph(model, x, ["auto", *runs])
-    settings.bar.update(1)
-    settings.say(f"\n{PHOTOGRAPH.name} through {title}, {height} x {width}, {dtype_name(settings.dtype)}")
-    settings.say(describe(found, random))
-    return all(row["ok"] for row in found["rows"])
-
-
-def demonstrate_interpreted(settings: Settings) -> bool:
-    """The same on a CPU with the Triton kernels in their interpreter, in a process that starts with it."""
-    if importlib.util.find_spec("triton") is None:
-        settings.bar.update(1)
-        settings.say("\nTriton is not installed: its kernels are not interpreted")
-        return True
-    settings.bar.set_description("the Triton kernels, interpreted")
-    command = [sys.executable, "-c", "from swinops.benchmarks import models; models.interpreted()"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    settings.bar.update(1)
-    settings.say(f"\n{PHOTOGRAPH.name} through a small Swin that pads, its Triton kernels interpreted, float32")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        settings.say(f"  cannot run: {lines[-1] if lines else f'exit status {done.returncode}'}")
-        return False
-    found = json.loads(done.stdout.splitlines()[-1])
-    settings.say(describe(found, random=True))
-    settings.say(f"  the attention kernels were launched {found['launches']} times, in {found['seconds']:.1f} s")
-    return all(row["ok"] for row in found["rows"]) and found["launches"] > 0
-
-
-def interpreted() -> None:
-    """Print as JSON what ``logits_on_photograph`` finds for Triton, and how often its attention was called."""
-    import_timm()
-    from timm.models.swin_transformer import SwinTransformer
-
-    from swinops import kernels
-
-    # 18 x 13 tokens, then 9 x 7: windows of 7 pad both
-    size = (72, 52)
-    model = SwinTransformer(img_size=size, embed_dim=32, depths=(2, 2), num_heads=(2, 4), num_classes=100).eval()
-    launches = 0
-    attention = kernels.window_attention
-
-    @functools.wraps(attention)
-    def counted(*arguments: Any) -> Any:
-        nonlocal launches
-        launches += 1
-        return attention(*arguments)
-
-    kernels.window_attention = counted
-    start = time.perf_counter()
-    found = logits_on_photograph(randomise(model), photograph(*size), ["triton"])
-    print(json.dumps({**found, "launches": launches, "seconds": time.perf_counter() - start}))
-
-
-def contestants(model: nn.Module, settings: Settings) -> dict[str, tuple[Callable[[], nn.Module], str]]:
-    """What makes each copy of the model, and how it is compiled."""
-
-    def make(patch: bool, compiled: bool) -> nn.Module:
-        own = copy.deepcopy(model)
-        if patch:
-            swinops.patch(own)
-        return settings.compile(own) if compiled else own
-
-    mode = settings.compiled
-    return {
-        TIMM: (functools.partial(make, False, False), ""),
-        f"{TIMM}-compiled": (functools.partial(make, False, True), mode),
-        "patched": (functools.partial(make, True, False), ""),
-        "patched-compiled": (functools.partial(make, True, True), mode),
-    }
-
-
-def inference(model: nn.Module, x: Tensor, settings: Settings) -> dict[str, Outcome]:
-    model = copy.deepcopy(model).to(settings.device, settings.dtype)
-    x = x.to(settings.device, settings.dtype)
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()
-        expected = {"logits": (model(x), torch.cat([exact(part.double()) for part in x.split(CHUNK)]))}
-        del exact
-
-    def build(make: Callable[[], nn.Module]) -> tuple[Callable[[], Any], Callable[[], Results]]:
-        own = make()
-
+    def build(own: nn.Module) -> tuple[Callable[[], Any], Callable[[], Results]]:
         @torch.no_grad()
         def run() -> Tensor:
-            return own(x)
+            with precision.context(x.device):
+                return own(x)
 
         return run, lambda: {"logits": run().clone()}
 
-    contenders = [
-        Contender(name, functools.partial(build, make), compiled)
-        for name, (make, compiled) in contestants(model, settings).items()
-    ]
-    with quiet():
-        return compare(contenders, expected, settings, "inference", TIMM, weight=4)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        ideal = torch.cat([exact(part.double()) for part in x.split(CHUNK)])
+        del exact
+    expected = {"logits": (build(model)[0](), ideal)}
+    contenders = subject.contenders("infer", model, build, settings)
+    return compare(contenders, expected, settings, MODES["infer"], TIMM, WEIGHTS["infer"], needs_all=batch > 1)
 
 
-def training(model: nn.Module, x: Tensor, settings: Settings) -> dict[str, Outcome]:
-    """A step is forward, loss, backward and AdamW. On a GPU the parameters are float32, under autocast."""
-    model = copy.deepcopy(model).to(settings.device).train()
-    x = x.to(settings.device)
+def training(subject: Subject, batch: int, settings: Settings) -> dict[str, Outcome]:
+    """A step is forward, loss, backward and AdamW."""
+    model = subject.place(copy.deepcopy(subject.model), "train", settings).train()
+    x = subject.images(batch, "train", settings)
     labels = torch.arange(len(x), device=x.device) % model.num_classes
-    autocast = functools.partial(
-        torch.autocast, x.device.type, dtype=settings.dtype, enabled=settings.dtype != torch.float32
-    )
+    precision = subject.precisions["train"]
+    names = [name for name, _ in model.named_parameters()]
 
     def gradients(own: nn.Module) -> list[Tensor]:
-        return [parameter.grad.double() for parameter in own.parameters()]
+        found = {name.removeprefix("_orig_mod."): parameter.grad for name, parameter in own.named_parameters()}
+        return [found[name].double() for name in names]
 
     exact = copy.deepcopy(model).double()
     for part, answers in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):
@@ -307,54 +232,91 @@ def training(model: nn.Module, x: Tensor, settings: Settings) -> dict[str, Outco
         """Every gradient by its own largest value, so that small ones count."""
         return torch.cat([(g / scale).flatten() for g, scale in zip(parts, scales, strict=True)])
 
-    def backward(own: nn.Module, call: Callable[..., Tensor]) -> None:
+    def backward(own: nn.Module) -> None:
         own.zero_grad()
-        with autocast():
-            loss = F.cross_entropy(call(x), labels)
+        with precision.context(x.device):
+            loss = F.cross_entropy(own(x), labels)
         loss.backward()
 
-    backward(model, model)
+    backward(model)
     expected = {"gradients": (flat(gradients(model)).float(), flat(ideal))}
     model.zero_grad()
 
-    def build(make: Callable[[], nn.Module]) -> tuple[Callable[[], Any], Callable[[], Results]]:
-        own = make()
+    def build(own: nn.Module) -> tuple[Callable[[], Any], Callable[[], Results]]:
         optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
 
         def run() -> None:
-            backward(own, own)
+            backward(own)
             optimizer.step()
 
         def results() -> Results:
-            backward(own, own)
+            backward(own)
             return {"gradients": flat(gradients(own)).float()}
 
         return run, results
 
-    contenders = [
-        Contender(name, functools.partial(build, make), compiled)
-        for name, (make, compiled) in contestants(model, settings).items()
-    ]
-    with quiet():
-        return compare(contenders, expected, settings, "training step", TIMM, weight=8)
+    contenders = subject.contenders("train", model, build, settings)
+    return compare(contenders, expected, settings, MODES["train"], TIMM, WEIGHTS["train"], needs_all=batch > 1)
 
 
-def model_rows(
-    name: str,
-    model: nn.Module,
-    batch: int,
-    results: Mapping[str, tuple[dict[str, Outcome], str]],
-    settings: Settings,
-) -> list[dict[str, Any]]:
-    """A row for each implementation, in timm's benchmark columns; ``results`` has outcomes and dtype of each mode."""
-    size = model.patch_embed.img_size[0]
+def halving(
+    attempt: Callable[[int], dict[str, Outcome]], batch: int, title: str, weight: float, settings: Settings
+) -> tuple[dict[str, Outcome], int]:
+    """The outcomes of ``attempt(batch)`` and the batch, which is halved for all while one of them is out of memory."""
+    start = settings.bar.n
+    while True:
+        try:
+            outcomes = attempt(batch)
+        except Exception as error:  # what the implementations are compared with
+            if not out_of_memory(error):
+                raise
+            outcomes = {TIMM: Outcome(reason(error))}
+            settings.clock.recover()
+        hungry = [name for name, outcome in outcomes.items() if outcome.status == OUT_OF_MEMORY]
+        if batch == 1 or not hungry:
+            settings.bar.update(start + weight - settings.bar.n)
+            return outcomes, batch
+        settings.say(f"\n{title}: {hungry[0]} is out of memory at batch {batch}, all go on with {batch // 2}")
+        settings.bar.update(start - settings.bar.n)
+        batch //= 2
+
+
+class Timed(NamedTuple):
+    outcomes: dict[str, Outcome]
+    batch: int
+
+
+def measure(subject: Subject, settings: Settings) -> list[dict[str, Any]]:
+    """A row for each implementation, printed after all of them have run."""
+    timed = {}
+    for mode in subject.precisions:
+        attempt = functools.partial({"infer": inference, "train": training}[mode], subject, settings=settings)
+        with quiet():
+            timed[mode] = Timed(*halving(attempt, subject.batch, MODES[mode], WEIGHTS[mode], settings))
+    rows = model_rows(subject, timed, settings)
+    for mode, (_, batch) in timed.items():
+        title = f"{subject.name}, batch {batch}, {MODES[mode]}, {subject.precisions[mode].name}"
+        settings.say(f"\n{title}{', channels last' * subject.channels_last}")
+        settings.say(table([model_cells(row, mode) for row in rows]))
+    if settings.device.type == "cpu":
+        settings.say("  on a CPU a patched model runs timm's own forward, so the two should be the same,")
+        settings.say("  and this package's model runs the reference of each op, in plain PyTorch")
+    if subject.ours is None:
+        settings.say("  swinops: this package has no model of that name")
+    return rows
+
+
+def model_rows(subject: Subject, timed: Mapping[str, Timed], settings: Settings) -> list[dict[str, Any]]:
+    """A row for each implementation, in timm's benchmark columns."""
     rows = []
-    for impl in results["infer"][0]:
-        row: dict[str, Any] = {"model": name}
-        for mode in ("infer", "train"):
-            outcomes, dtype = results.get(mode, ({}, ""))
+    for impl in dict.fromkeys(itertools.chain(*(outcomes for outcomes, _ in timed.values()))):
+        row: dict[str, Any] = {"model": subject.name}
+        compiled, precision = "", ""
+        for mode in MODES:
+            outcomes, batch = timed.get(mode, Timed({}, 0))
             outcome = outcomes.get(impl, Outcome(""))
             step, ratio = outcome.time, outcome.ratio
+            dtype = subject.precisions[mode].name if mode in timed else ""
             row |= {
                 f"{mode}_samples_per_sec": step and number(batch / step.median),
                 f"{mode}_step_time": step and number(step.median * 1e3),
@@ -363,16 +325,17 @@ def model_rows(
                 f"{mode}_ratio": ratio and number(ratio.median),
                 f"{mode}_ratio_p20": ratio and number(ratio.p20),
                 f"{mode}_ratio_p80": ratio and number(ratio.p80),
-                f"{mode}_batch_size": batch if outcomes else None,
-                f"{mode}_img_size": size if outcomes else None,
+                f"{mode}_batch_size": batch or None,
+                f"{mode}_img_size": subject.img_size[0] if batch else None,
                 f"{mode}_dtype": dtype,
                 f"{mode}_status": outcome.status,
                 f"{mode}_peak_mem_mb": number(outcome.peak),
             }
+            compiled, precision = compiled or outcome.compile, precision or dtype
         row["peak_mem_mb"] = row["infer_peak_mem_mb"]
-        row["param_count"] = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
-        row |= {"impl": impl, "baseline": TIMM, "dtype": row["infer_dtype"]}
-        row["compile"] = results["infer"][0][impl].compile
+        row["param_count"] = round(sum(p.numel() for p in subject.model.parameters()) / 1e6, 2)
+        row |= {"impl": impl, "baseline": TIMM, "dtype": precision, "compile": compiled}
+        row["channels_last"] = subject.channels_last
         rows.append(row | machine(settings.device))
     return rows
 
@@ -388,20 +351,3 @@ def model_cells(row: Mapping[str, Any], mode: str) -> dict[str, str]:
         "times timm": with_range(row, f"{mode}_ratio"),
         "peak MB": shown(row[f"{mode}_peak_mem_mb"], "{:.0f}"),
     }
-
-
-def measure(name: str, model: nn.Module, batch: int, settings: Settings) -> list[dict[str, Any]]:
-    """Inference, and with ``--full`` the training step, printed as they come."""
-    x = torch.randn(batch, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    dtype = dtype_name(settings.dtype)
-    results = {"infer": (inference(model, x, settings), dtype)}
-    if settings.full:
-        results["train"] = training(model, x, settings), dtype if dtype == "float32" else f"amp_{dtype}"
-    rows = model_rows(name, model, batch, results, settings)
-    for mode, words in (("infer", "inference"), ("train", "training step")):
-        if mode in results:
-            settings.say(f"\n{name}, batch {batch}, {words}, {results[mode][1]}")
-            settings.say(table([model_cells(row, mode) for row in rows]))
-    if settings.device.type == "cpu":
-        settings.say("  on a CPU a patched model runs timm's own forward: the two should be the same")
-    return rows

@@ -1,13 +1,13 @@
 """One picture of a run: how many times faster than plain PyTorch each op is, and than timm the model."""
 
 import functools
-import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swinops.benchmarks.harness import BASELINE, BOTH, FORWARD
+from swinops.benchmarks.harness import BASELINE, BOTH, FORWARD, whole
+from swinops.benchmarks.models import MODES
 
 INK, PALE, GRID = "#22272e", "#6b7280", "#e5e7eb"
 COLOURS = {
@@ -22,6 +22,8 @@ COLOURS = {
     "swinops-triton": "#1d4ed8",
     "patched": "#93c5fd",
     "patched-compiled": "#1d4ed8",
+    "swinops": "#6ee7b7",
+    "swinops-compiled": "#10805c",
 }
 LINE = 0.21  # inches of one implementation
 
@@ -36,7 +38,7 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
         names = groups.setdefault((row["op"], row["shape"]), [])
         if row["impl"] != BASELINE and row["impl"] not in names:
             names.append(row["impl"])
-    modes = [mode for mode in ("infer", "train") if any(row[f"{mode}_samples_per_sec"] for row in model_rows)]
+    modes = [mode for mode in MODES if any(row[f"{mode}_batch_size"] for row in model_rows)]
     ops_height = LINE * sum(len(names) + 2.4 for names in groups.values())
     models_height = LINE * (len(model_rows) + 2.4)
     figure = Figure(figsize=(11, 2.3 + ops_height + models_height), facecolor="white")
@@ -63,17 +65,15 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
     for column, mode in enumerate(modes):
         axes = figure.add_axes((0.30 + 0.35 * column, 0.45 / height, 0.33, models_height / height))
         first = model_rows[0]
-        size = first["infer_img_size"]
-        title = f"{first['model']}\nbatch {first['infer_batch_size']}, {size} x {size}"
+        size, batch = first[f"{mode}_img_size"], first[f"{mode}_batch_size"]
+        title = f"{first['model']}\n{first['param_count']} million parameters, {size} x {size}"
         lines = [(None, title, None), *((row["impl"], row["impl"], row) for row in model_rows)]
         speed = f"{mode}_samples_per_sec"
         label = functools.partial(images, key=speed)
         ratios(axes, lines, column == 0, f"{mode}_ratio", label, speed, f"{mode}_status")
-        words = {"infer": "inference", "train": "training step"}[mode]
-        axes.set_title(f"{words}, times the speed of eager timm", size=10, color=INK, loc="left")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, path)
+        axes.set_title(f"{MODES[mode]}, batch {batch}, times the speed of eager timm", size=10, color=INK, loc="left")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
     return path
 
 

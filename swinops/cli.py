@@ -1,13 +1,18 @@
 """The ``swinops`` command."""
 
 import argparse
+import dataclasses
+import difflib
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 import swinops
 from swinops import backends, reference
@@ -16,19 +21,52 @@ from swinops.benchmarks import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="swinops", description=swinops.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parser = argparse.ArgumentParser(
+        prog="swinops",
+        description=swinops.__doc__,
+        epilog="example:\n  swinops info\n\nEach command has --help, with an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="command")
 
-    info_parser = commands.add_parser("info", help="versions, the GPU, and which backends can run here")
+    info_parser = add_command(
+        commands, "info", "versions, the GPU, and which backends can run here", "swinops info --json"
+    )
     info_parser.add_argument("--json", action="store_true", help="the same as JSON")
     info_parser.set_defaults(run=info)
 
-    bench_parser = commands.add_parser("bench", help="a photograph before and after patch, then timings")
-    command.add_arguments(bench_parser)
+    summary = "what patch would replace in one of timm's models, and why not the rest"
+    explain_parser = add_command(commands, "explain", summary, "swinops explain --model swin_tiny_patch4_window7_224")
+    explain_parser.add_argument("--model", "-m", required=True, metavar="NAME", help="as in timm.list_models()")
+    names = ("auto", *backends.MODULES)
+    explain_parser.add_argument("--backend", choices=names, default="auto", help="as in patch (auto)")
+    explain_parser.add_argument("--json", action="store_true", help="the same as JSON")
+    explain_parser.set_defaults(run=lambda arguments: explain(explain_parser, arguments))
+
+    summary = "a photograph before and after patch, then timings"
+    command.add_arguments(add_command(commands, "bench", summary, ""))
 
     arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    if "run" not in arguments:
+        parser.error(f"name a command, one of {', '.join(commands.choices)}; each has --help, with an example")
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("swinops: interrupted", file=sys.stderr)
+        return 130
     return status
+
+
+def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -71,3 +109,49 @@ def _installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def explain(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    try:
+        from swinops.benchmarks.models import import_timm
+
+        timm = import_timm()
+    except ImportError as error:
+        parser.error(f"swinops explain builds timm's models, and needs {error.name or error}: pip install timm")
+    name = arguments.model
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
+        parser.error(f"--model must be the name of a model in timm {timm.__version__}, got {name!r}: {hint}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = hollow(timm, name, device)
+    except (RuntimeError, ValueError) as error:
+        parser.error(f"timm cannot build --model {name}: {error}")
+    table = swinops.explain(model, backend=arguments.backend)
+    if arguments.json:
+        rows = [dataclasses.asdict(row) for row in table]
+        print(json.dumps({"model": name, "backend": arguments.backend, "device": device, "modules": rows}, indent=2))
+        return 0
+    print(f"{name} of timm {timm.__version__} on {device}, backend {arguments.backend}\n\n{table}\n")
+    replaced = sum(row.action == "replace" for row in table)
+    print(f"swinops.patch would replace {replaced} of the {sum(1 for _ in model.modules())} modules")
+    return 0
+
+
+def hollow(timm: ModuleType, name: str, device: str) -> nn.Module:
+    """timm's model without its memory: each parameter is one number, seen as a tensor of the parameter's shape.
+
+    What patch looks at is there: classes, attributes, shapes, dtypes and the device of parameters.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(name, pretrained=False)
+    except NotImplementedError:  # older models read the numbers of a tensor while they are built
+        model = timm.create_model(name, pretrained=False)
+    for module in model.modules():
+        for key, x in module._parameters.items():
+            if x is not None:
+                one = torch.zeros((), dtype=x.dtype, device=device)
+                module._parameters[key] = nn.Parameter(one.expand(x.shape), x.requires_grad)
+    return model

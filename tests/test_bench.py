@@ -1,5 +1,6 @@
 """The harness, and ``swinops bench --quick`` from end to end."""
 
+import copy
 import csv
 import functools
 import json
@@ -10,20 +11,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("tqdm")
 
 from swinops import testing
-from swinops.benchmarks import harness, window_attention
+from swinops.benchmarks import command, harness, models, window_attention
 from swinops.benchmarks.harness import BOTH, FORWARD, Case, Contender, Implementation, Settings
-from swinops.cli import main
 
-BAR = SimpleNamespace(update=lambda step: None, set_description=lambda text: None)
+
+class Bar:
+    n = 0.0
+
+    def update(self, step):
+        self.n += step
+
+    def set_description(self, text):
+        pass
 
 
 def settings(**options):
     device = torch.device("cpu")
-    return Settings(device, torch.float32, harness.make_clock(device), BAR, quick=True, **options)
+    return Settings(device, torch.float32, harness.make_clock(device), Bar(), quick=True, compiler="eager", **options)
 
 
 class ScriptedClock:
@@ -73,7 +82,7 @@ def test_a_round_runs_everything_once():
     shared = settings()
     shared.clock = ScriptedClock()
     times = harness.race(runs, {name: harness.Outcome("ok") for name in runs}, shared)
-    assert times["slow"] == {"slow": [2, 4, 6], "fast": [1, 2, 3]}
+    assert times == {"slow": [2, 4, 6], "fast": [1, 2, 3]}
     rounds = [seen[i : i + 2] for i in range(4, len(seen), 2)]
     assert len(rounds) == 3 and all(sorted(each) == ["fast", "slow"] for each in rounds)
 
@@ -215,7 +224,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     harness.write_csv(path, [{"a": 1}])
     with pytest.raises(ValueError):
         harness.write_csv(path, [{"a": 2}, {"a": 3, "b": 4}])
+    with pytest.raises(KeyboardInterrupt), harness.whole(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
     assert path.read_text() == "a\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_cuda_clock(monkeypatch):
@@ -250,25 +263,140 @@ def test_cuda_clock(monkeypatch):
     assert clock.peak(lambda: None) == 2.0
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["-b", "0"], "must be a positive integer, got '0'"),
-        (["--model", "resnet50"], "--model must be one of timm's Swin models"),
-        (["--img-size", "3", "--model", "swin_tiny_patch4_window7_224"], "--img-size 3 does not fit"),
-        (["--checkpoint", "/nowhere/model.pth"], "--checkpoint /nowhere/model.pth cannot be loaded"),
-        (["--torchcompile-mode", "fastest"], "--torchcompile-mode must be one of"),
-        (["--results-file", "rows.xlsx"], "--results-file must end in .csv or .json"),
-    ],
-)
-def test_rejects_bad_arguments(arguments, words, capsys, tmp_path):
-    for needed in ("matplotlib", "PIL", "timm"):
-        pytest.importorskip(needed)
-    with pytest.raises(SystemExit) as exit:
-        main(["bench", "--quick", "--output", str(tmp_path), *arguments])
-    assert exit.value.code == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert words in message
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 16 bytes"),
+    RuntimeError("CUDA driver error: not enough memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory(error):
+    assert harness.out_of_memory(error) and harness.reason(error) == "out of memory"
+
+
+def test_other_errors_are_not_out_of_memory():
+    assert not harness.out_of_memory(RuntimeError("shapes differ"))
+    assert not harness.out_of_memory(ValueError("not enough memory of the past"))
+
+
+SMALL = models.MODEL, 36  # 9 x 9 patches, then 5 x 5: windows pad both
+CUT = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 10}
+BOTH_MODES = {mode: models.PRECISIONS["float32"] for mode in models.MODES}
+
+
+class Hungry(nn.Module):
+    """Takes batches up to ``most``; the parameters are another model's."""
+
+    def __init__(self, model, most):
+        super().__init__()
+        self.model = model
+        self.most = most
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(x)
+
+    def named_parameters(self, *arguments, **options):
+        return self.model.named_parameters(*arguments, **options)
+
+    def load_state_dict(self, state):
+        return self.model.load_state_dict(state)
+
+
+@pytest.fixture
+def subject():
+    pytest.importorskip("timm")
+    precisions = {"infer": models.PRECISIONS["float32"]}
+    return models.Subject("swin", models.create(*SMALL, **CUT), None, batch=5, precisions=precisions, compiled=False)
+
+
+@pytest.mark.parametrize("most, left", [(5, 5), (2, 2), (1, 1), (0, 1)])
+def test_batch_is_halved_for_all(subject, most, left):
+    """Batch 5, then 2, then 1; at 1 the implementation that still has too little memory gets a row that says so."""
+    printed = []
+    shared = settings(say=printed.append)
+    subject.ours = lambda: Hungry(copy.deepcopy(subject.model), most)
+    subject.precisions = BOTH_MODES
+    rows = models.measure(subject, shared)
+    assert [row["impl"] for row in rows] == ["timm", "patched", "swinops"]
+    for mode in models.MODES:
+        assert {row[f"{mode}_batch_size"] for row in rows} == {left}
+        assert [row[f"{mode}_status"] for row in rows] == ["ok", "ok", "ok" if most else "out of memory"]
+        assert all((row[f"{mode}_samples_per_sec"] is None) == (row[f"{mode}_status"] != "ok") for row in rows)
+    halved = [line.strip() for line in printed if "go on with" in line]
+    steps = [(5, 2), (2, 1)][: {5: 0, 2: 1, 1: 2}[left]]
+    assert halved == [
+        f"{title}: swinops is out of memory at batch {large}, all go on with {small}"
+        for title in models.MODES.values()
+        for large, small in steps
+    ]
+    assert shared.bar.n == pytest.approx(sum(models.WEIGHTS.values()))
+
+
+def test_what_all_are_compared_with_is_out_of_memory(subject):
+    """The model in float64 counts too; at batch 1 there is a row with the reason."""
+    subject.model = Hungry(subject.model, 0)
+    subject.model.patch_embed, subject.model.num_classes = subject.model.model.patch_embed, 10
+    subject.precisions = BOTH_MODES
+    rows = models.measure(subject, settings(say=lambda text: None))
+    assert [(row["impl"], row["infer_status"], row["train_status"]) for row in rows] == [
+        ("timm", "out of memory", "out of memory")
+    ]
+
+
+def test_our_model_is_a_contender(subject):
+    """It computes what timm's does, gradients too, where pads and shifts need timm's order; another's do not."""
+    own = models.own_model(models.MODEL, img_size=36, **CUT)
+    subject.ours, subject.batch, subject.precisions = own, 1, BOTH_MODES
+    said = []
+    rows = models.measure(subject, settings(say=said.append))
+    assert {row["impl"]: (row["infer_status"], row["train_status"]) for row in rows}["swinops"] == ("ok", "ok")
+    assert "the reference" in "\n".join(said)
+    subject.ours = functools.partial(own, pad_order="pad_roll")
+    rows = models.measure(subject, settings(say=lambda text: None))
+    assert {row["impl"]: (row["infer_status"], row["train_status"]) for row in rows}["swinops"] == ("wrong", "wrong")
+    assert models.own_model("swin_s3_tiny_224") is None
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "amp"])
+def test_precision_and_memory_format(subject, precision):
+    seen = {}
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = copy.deepcopy(subject.model)
+
+        def forward(self, x):
+            out = self.model(x)
+            seen[x.dtype, x.is_contiguous(memory_format=torch.channels_last), out.dtype] = True
+            return out
+
+        def load_state_dict(self, state):
+            self.model.load_state_dict(state)
+
+    wanted = models.PRECISIONS[precision]
+    subject.ours, subject.batch, subject.channels_last, subject.precisions = Seen, 2, True, {"infer": wanted}
+    rows = models.measure(subject, settings(say=lambda text: None))
+    assert {row["infer_status"] for row in rows} == {"ok"} and {row["channels_last"] for row in rows} == {True}
+    assert {row["infer_dtype"] for row in rows} == {wanted.name} and {row["train_status"] for row in rows} == {""}
+    assert list(seen) == [(wanted.dtype, True, wanted.autocast or wanted.dtype)]
+
+
+def test_names_of_ops():
+    """Every op of the command is measured by the file that it names, and every file has all its ops there."""
+    for file in set(command.BENCHMARKS.values()):
+        names = [op for op in command.BENCHMARKS if command.BENCHMARKS[op] == file]
+        module = command.chosen_ops(names)[names[0]]
+        shared = settings()
+        cases = [case.op for case in module.cases(shared)]
+        assert set(cases) == set(names) and len(cases) == module.OPS * len(module.shapes(shared))
+    assert set(command.BENCHMARKS.values()) == {
+        path.stem for path in command.HERE.glob("*.py") if "def cases(settings: Settings)" in path.read_text()
+    }
 
 
 def test_contender_is_compiled_for_the_record():
@@ -282,19 +410,20 @@ def test_quick(tmp_path):
         pytest.importorskip(needed)
     from PIL import Image
 
-    command = [sys.executable, "-m", "swinops", "bench", "--quick", "--json", "--output", str(tmp_path / "out")]
-    command += ["--results-file", str(tmp_path / "models.json")]
+    words = [sys.executable, "-m", "swinops", "bench", "--quick", "--json", "--output", str(tmp_path / "out")]
+    words += ["--results-file", str(tmp_path / "models.json")]
     # one thread: beside other tests two only wait for each other
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert {row["op"] for row in rows["ops"]} == {
-        "window_partition", "window_merge", "relative_position_bias", "window_attention"
-    }  # fmt: skip
+    assert {row["op"] for row in rows["ops"]} == set(command.BENCHMARKS)
     assert {row["status"] for row in rows["ops"]} == {"ok"}
-    assert [row["impl"] for row in rows["models"]] == ["timm", "timm-compiled", "patched", "patched-compiled"]
+    assert [row["impl"] for row in rows["models"]] == [
+        f"{name}{compiled}" for name in ("timm", "patched", "swinops") for compiled in ("", "-compiled")
+    ]
+    assert {row["infer_status"] for row in rows["models"]} == {"ok"}
     assert all(row["infer_samples_per_sec"] > 0 for row in rows["models"])
     assert not any("triton" in row["impl"] for row in rows["ops"] if "cpu" in row["torch"])
     assert json.loads((tmp_path / "models.json").read_text()) == rows["models"]
