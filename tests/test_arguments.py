@@ -5,7 +5,17 @@ import re
 import pytest
 import torch
 
-from swinops import relative_position_bias, window_attention, window_attention_qkvpacked, window_merge, window_partition
+from swinops import (
+    add_layer_norm,
+    layer_norm,
+    layer_norm_add,
+    patch_merging_norm,
+    relative_position_bias,
+    window_attention,
+    window_attention_qkvpacked,
+    window_merge,
+    window_partition,
+)
 
 # case -> what is changed in a good call, the error's type, and its sentence (the end of it, where it is long)
 PARTITION = {
@@ -198,12 +208,113 @@ PACKED = {
     "shift": (dict(shift_size=5), ValueError, "shift_size must be"),
     "backend": (dict(backend="flash"), ValueError, "backend must be 'auto' or one of"),
 }
+NORM = {
+    "no axes": (dict(x=torch.tensor(1.0)), ValueError, "x must be [*, C] with at least one channel, got ()"),
+    "no channels": (
+        dict(x=torch.ones(2, 0)),
+        ValueError,
+        "x must be [*, C] with at least one channel, got (2, 0)",
+    ),
+    "integers": (dict(x=torch.ones(2, 3, 4).int()), TypeError, "x must have a floating-point dtype, got torch.int32"),
+    "complex": (dict(x=torch.ones(2, 3, 4) * 1j), TypeError, "x must have a floating-point dtype, got torch.complex64"),
+    "8 bits": (
+        dict(x=torch.ones(2, 3, 4).to(torch.float8_e5m2)),
+        TypeError,
+        "x must have a floating-point dtype of 16 bits or more, got torch.float8_e5m2",
+    ),
+    "weight's size": (dict(weight=torch.ones(5)), ValueError, "weight must be [C] = (4,), got (5,)"),
+    "weight's rank": (dict(weight=torch.ones(1, 4)), ValueError, "weight must be [C] = (4,), got (1, 4)"),
+    "weight of integers": (dict(weight=torch.ones(4).long()), TypeError, "weight must have a floating-point dtype"),
+    "weight's device": (
+        dict(weight=torch.ones(4, device="meta")),
+        ValueError,
+        "weight must be on the device of x, cpu, got meta",
+    ),
+    "bias's size": (dict(bias=torch.ones(3)), ValueError, "bias must be [C] = (4,), got (3,)"),
+    "bias of 8 bits": (
+        dict(bias=torch.ones(4).to(torch.float8_e4m3fn)),
+        TypeError,
+        "bias must have a floating-point dtype of 16 bits or more, got torch.float8_e4m3fn",
+    ),
+    "bias's device": (dict(bias=torch.ones(4, device="meta")), ValueError, "bias must be on the device of x, cpu"),
+    "eps 0": (dict(eps=0.0), ValueError, "eps must be positive and finite, got 0.0"),
+    "eps negative": (dict(eps=-1e-5), ValueError, "eps must be positive and finite, got -1e-05"),
+    "eps infinite": (dict(eps=float("inf")), ValueError, "eps must be positive and finite, got inf"),
+    "eps NaN": (dict(eps=float("nan")), ValueError, "eps must be positive and finite, got nan"),
+    "backend": (dict(backend="apex"), ValueError, "backend must be 'auto' or one of"),
+}
+DTYPE = {
+    "dtype of integers": (
+        dict(dtype=torch.int64),
+        TypeError,
+        "dtype must be a floating-point dtype of 16 bits or more, got torch.int64",
+    ),
+    "dtype of 8 bits": (dict(dtype=torch.float8_e5m2), TypeError, "dtype must be a floating-point dtype of 16 bits"),
+    "complex dtype": (dict(dtype=torch.complex64), TypeError, "dtype must be a floating-point dtype of 16 bits"),
+}
+RESIDUAL = {
+    "f's shape": (dict(f=torch.ones(2, 3, 5)), ValueError, "f must have the shape of x (2, 3, 4), got (2, 3, 5)"),
+    "f that broadcasts": (dict(f=torch.ones(4)), ValueError, "f must have the shape of x (2, 3, 4), got (4,)"),
+    "f of integers": (dict(f=torch.ones(2, 3, 4).int()), TypeError, "f must have a floating-point dtype"),
+    "f's device": (dict(f=torch.ones(2, 3, 4, device="meta")), ValueError, "f must be on the device of x, cpu"),
+    "sample_scale's size": (dict(sample_scale=torch.ones(3)), ValueError, "sample_scale must be [B] = (2,), got (3,)"),
+    "sample_scale's rank": (
+        dict(sample_scale=torch.ones(2, 1, 1)),
+        ValueError,
+        "sample_scale must be [B] = (2,), got (2, 1, 1)",
+    ),
+    "sample_scale of integers": (
+        dict(sample_scale=torch.ones(2).bool()),
+        TypeError,
+        "sample_scale must have a floating-point dtype",
+    ),
+    "sample_scale's device": (
+        dict(sample_scale=torch.ones(2, device="meta")),
+        ValueError,
+        "sample_scale must be on the device of x, cpu, got meta",
+    ),
+    "sample_scale of a row": (
+        dict(x=torch.ones(4), f=torch.ones(4), sample_scale=torch.ones(4)),
+        ValueError,
+        "x must be [B, *, C] where there is a sample_scale, got (4,)",
+    ),
+    "sample_scale that is learnt": (
+        dict(sample_scale=torch.ones(2, requires_grad=True)),
+        ValueError,
+        "sample_scale must be without gradient, for none is computed, got one that requires it",
+    ),
+}
+MERGING = {
+    **{name: NORM[name] for name in NORM if name.startswith(("eps", "backend"))},
+    **DTYPE,
+    "rank": (
+        dict(x=torch.ones(2, 3, 4)),
+        ValueError,
+        "x must be [B, H, W, C] with at least one token and channel, got (2, 3, 4)",
+    ),
+    "no rows": (dict(x=torch.ones(1, 0, 5, 3)), ValueError, "x must be [B, H, W, C] with at least one token"),
+    "no channels": (dict(x=torch.ones(1, 4, 5, 0)), ValueError, "x must be [B, H, W, C] with at least one token"),
+    "integers": (
+        dict(x=torch.ones(1, 4, 5, 3).int()),
+        TypeError,
+        "x must have a floating-point dtype, got torch.int32",
+    ),
+    "weight's size": (dict(weight=torch.ones(3)), ValueError, "weight must be [4C] = (12,), got (3,)"),
+    "bias's size": (dict(bias=torch.ones(6)), ValueError, "bias must be [4C] = (12,), got (6,)"),
+    "bias's device": (dict(bias=torch.ones(12, device="meta")), ValueError, "bias must be on the device of x, cpu"),
+}
+ROWS = dict(x=torch.ones(2, 3, 4), weight=torch.ones(4), bias=torch.ones(4))
+SUM = {**ROWS, "f": torch.ones(2, 3, 4), "sample_scale": torch.ones(2)}
 OPS = {
     window_partition: (dict(x=torch.ones(1, 8, 8, 3), window_size=4), PARTITION),
     window_merge: (dict(windows=torch.ones(4, 4, 4, 3), image_size=(8, 8)), MERGE),
     relative_position_bias: (dict(table=torch.ones(49, 2), window_size=4), POSITION_BIAS),
     window_attention: ({**dict.fromkeys("qkv", torch.ones(SHAPE)), "window_size": 4}, ATTENTION),
     window_attention_qkvpacked: (dict(qkv=torch.ones(1, 6, 5, 3, 2, 8), window_size=4), PACKED),
+    layer_norm: (ROWS, {**NORM, **DTYPE}),
+    add_layer_norm: (SUM, {**NORM, **DTYPE, **RESIDUAL}),
+    layer_norm_add: (SUM, {**NORM, **RESIDUAL}),
+    patch_merging_norm: (dict(x=torch.ones(1, 4, 5, 3)), MERGING),
 }
 
 
@@ -243,6 +354,20 @@ def test_rejects_a_wrong_gradient():
         torch.ops.swinops.window_attention_backward(out[..., 1:], out, lse, False, False, q, q, q, *settings)
     with pytest.raises(ValueError, match=r"dbias must be \[heads, 16, 16\] for the window \(4, 4\), got \(2, 16\)"):
         torch.ops.swinops.relative_position_bias_backward(torch.ones(2, 16), [4, 4], "reference")
+    x, mean = torch.ones(2, 3, 4), torch.ones(2, 3)
+    saved = (mean, mean, None, None, False, False, "reference")
+    ops = torch.ops.swinops
+    with pytest.raises(ValueError, match=r"dy must have the shape of x \(2, 3, 4\), got \(2, 3, 3\)"):
+        ops.layer_norm_backward(x[..., 1:], x, *saved)
+    with pytest.raises(ValueError, match=r"ds must have the shape of s \(2, 3, 4\), got \(2, 3, 3\)"):
+        ops.add_layer_norm_backward(x[..., 1:], x, x, None, torch.float32, torch.float32, *saved)
+    with pytest.raises(TypeError, match="dout must have a floating-point dtype, got"):
+        ops.layer_norm_add_backward(x.int(), x, None, *saved)
+    image = torch.ones(1, 4, 5, 3)
+    with pytest.raises(
+        ValueError, match=r"dy must be \[B, ceil\(H / 2\), ceil\(W / 2\), 4C\] = \(1, 2, 3, 12\), got \(1, 4, 5, 3\)"
+    ):
+        ops.patch_merging_norm_backward(image, image, *saved)
 
 
 def test_bad_arguments_leave_no_trace():

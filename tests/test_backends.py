@@ -8,10 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import swinops
 from swinops import backends, reference, window_attention, window_partition
 from swinops.testing import random_tensor
 
-OPS = ["window_partition", "window_merge", "relative_position_bias", "window_attention"]
+OPS = [
+    "window_partition", "window_merge", "relative_position_bias", "window_attention",
+    "layer_norm", "add_layer_norm", "layer_norm_add", "patch_merging_norm",
+]  # fmt: skip
 ON_CUDA = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 4, 1, 8))
 
 
@@ -92,6 +96,26 @@ def test_triton_says_what_it_cannot(x, reason, device):
     x = x.to(device)
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run window_attention: .*{reason}"):
         window_attention(x, x, x, window_size=2, backend="triton")
+
+
+@pytest.mark.parametrize("op", [swinops.layer_norm, swinops.patch_merging_norm], ids=lambda op: op.__name__)
+def test_triton_says_which_norms_it_cannot(op, device):
+    pytest.importorskip("triton")
+    reason = f"backend 'triton' cannot run {op.__name__}: .* takes float32, float16 and bfloat16, not torch.float64"
+    with pytest.raises(RuntimeError, match=reason):
+        op(torch.ones(1, 2, 2, 4, dtype=torch.float64, device=device), backend="triton")
+    with pytest.raises(RuntimeError, match=f"cannot run {op.__name__}: .* takes rows of up to 8192 channels, not 8196"):
+        op(torch.ones(1, 2, 2, 8196 if op is swinops.layer_norm else 2049, device=device), backend="triton")
+
+
+@pytest.mark.parametrize("op", [swinops.add_layer_norm, swinops.layer_norm_add], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("wide", ["x", "f"])
+def test_triton_adds_no_float64(wide, op, device):
+    """Whichever of the two it is that is summed."""
+    pytest.importorskip("triton")
+    x, f = (torch.ones(2, 4, device=device, dtype=torch.float64 if name == wide else torch.float16) for name in "xf")
+    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run {op.__name__}: .*not torch.float64"):
+        op(x, f, backend="triton")
 
 
 def test_triton_on_a_cpu_without_its_interpreter():
