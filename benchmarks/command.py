@@ -34,7 +34,7 @@ EXAMPLES = """examples:
   swinops bench ops --op window_attention --json
   swinops bench models -m swin_base_patch4_window7_224 -b 64 --precision amp --torchcompile --bench both"""
 OPS_EXAMPLE = """example:
-  swinops bench ops --op window_attention layer_norm --precision bfloat16 --results-file ops.csv"""
+  swinops bench ops --op window_attention window_merge --precision bfloat16 --results-file ops.csv"""
 MODELS_EXAMPLE = """example:
   swinops bench models -m swin_tiny_patch4_window7_224 swin_base_patch4_window7_224 -b 64 --precision amp
       --channels-last --torchcompile --bench both --results-file models.json"""

@@ -8,6 +8,7 @@ import csv
 import functools
 import gc
 import json
+import math
 import os
 import platform
 import random
@@ -426,8 +427,8 @@ def with_range(row: Mapping[str, Any], key: str) -> str:
 
 
 def number(x: float | None) -> float | None:
-    """Four digits: what a timing is worth at most."""
-    return None if x is None else float(f"{x:.4g}")
+    """Four digits: what a timing is worth at most. None for what JSON cannot hold: the error of a NaN."""
+    return None if x is None or not math.isfinite(x) else float(f"{x:.4g}")
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

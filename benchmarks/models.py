@@ -34,7 +34,7 @@ from swinops.benchmarks.harness import (
 )
 
 MODEL = "swin_tiny_patch4_window7_224"
-CUT = {"embed_dim": 32, "depths": (2, 1), "num_heads": (2, 4), "num_classes": 100}  # for --quick
+CUT = {"embed_dim": 32, "depths": (2, 1), "num_heads": (2, 4), "window_size": 7, "num_classes": 100}  # for --quick
 TIMM = "timm"
 CHUNK = 16  # images at a time in float64, whose scores are large
 MODES = {"infer": "inference", "train": "training step"}
