@@ -17,11 +17,18 @@ from swinops.kernels.tuning import configure_norm
 
 
 @triton.jit
-def tile_rows(tile, length, BLOCK_M: tl.constexpr):
-    """The line of rows that tile number ``tile`` lies in, its first row there, and which of its rows there are."""
+def tile_rows(tile, length, ONE_LINE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The first row of tile number ``tile``, 64-bit, its line and place there, and which of the tile's rows there are.
+
+    Rows come in lines of ``length``, and a tile keeps to one.
+    """
     tiles = tl.cdiv(length, BLOCK_M)
-    start = tile % tiles * BLOCK_M
-    return tile // tiles, start, tl.arange(0, BLOCK_M) < length - start
+    line = tile // tiles
+    start = (tile if ONE_LINE else tile % tiles) * BLOCK_M
+    row = start.to(tl.int64)
+    if not ONE_LINE:
+        row += line.to(tl.int64) * length
+    return row, line, start, tl.arange(0, BLOCK_M) < length - start
 
 
 @triton.jit
@@ -34,24 +41,28 @@ def tile_mask(exists, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def row_ptrs(ptr, line, start, length, strides, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where a tile of a matrix lies. [BLOCK_M, BLOCK_C]"""
-    row = line.to(tl.int64) * length + start + tl.arange(0, BLOCK_M)
-    return ptr + (row * strides[0])[:, None] + tl.arange(0, BLOCK_C)[None, :]
+def row_ptrs(ptr, row, strides, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where BLOCK_M rows of a matrix lie; one that is contiguous has no ``strides``. [BLOCK_M, BLOCK_C]"""
+    rows = row + tl.arange(0, BLOCK_M)
+    if strides is None:
+        rows *= C
+    else:
+        rows *= strides[0]
+    return ptr + rows[:, None] + tl.arange(0, BLOCK_C)[None, :]
 
 
 @triton.jit
 def token_ptrs(
-    ptr, line, start, length, strides, size, mask,
+    ptr, row, line, start, strides, size, mask,
     PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``row_ptrs`` with the mask; or, of an image of ``size`` (H, W), where the tokens lie that are merged into a tile.
+    """``row_ptrs`` with the mask; or, of an image of ``size`` (H, W), where the tokens lie that are merged into rows.
 
-    A line then is two lines of the image, and a row 2 x 2 tokens: top left, bottom left, top right, bottom right. In an
-    image of odd size some are not there.
+    A row is then 2 x 2 tokens: top left, bottom left, top right, bottom right. In an image of odd size some are not
+    there. A line of rows is two of the image.
     """
     if size is None:
-        return row_ptrs(ptr, line, start, length, strides, BLOCK_M, BLOCK_C), mask
+        return row_ptrs(ptr, row, strides, C, BLOCK_M, BLOCK_C), mask
     else:
         nH = tl.cdiv(size[0], 2)
         h, w = line % nH * 2, (start + tl.arange(0, BLOCK_M)) * 2
@@ -83,7 +94,8 @@ def load_channels(ptr, default, C: tl.constexpr, BLOCK_C: tl.constexpr):
 def _forward_kernel(
     x_ptr, f_ptr, residual_ptr, sample_scale_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr,
     x_strides, f_strides, residual_strides, size, lines, length, eps,
-    PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    ONE_LINE: tl.constexpr, PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """s = x + sample_scale f, or x where there is no f; y = residual + sample_scale norm(s), or norm(s) with none.
 
@@ -93,20 +105,20 @@ def _forward_kernel(
     weight = load_channels(weight_ptr, 1.0, C, BLOCK_C)
     bias = load_channels(bias_ptr, 0.0, C, BLOCK_C)
     for tile in tl.range(tl.program_id(0), lines * tl.cdiv(length, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
-        line, start, exists = tile_rows(tile, length, BLOCK_M)
+        row, line, start, exists = tile_rows(tile, length, ONE_LINE, BLOCK_M)
         mask = tile_mask(exists, C, BLOCK_C)
         ptrs, x_mask = token_ptrs(
-            x_ptr, line, start, length, x_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
+            x_ptr, row, line, start, x_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
         )  # fmt: skip
         s = load(ptrs, x_mask)
         if sample_scale_ptr is not None:
             scale = tl.load(sample_scale_ptr + line).to(tl.float32)
         if f_ptr is not None:
-            f = load(row_ptrs(f_ptr, line, start, length, f_strides, BLOCK_M, BLOCK_C), mask)
+            f = load(row_ptrs(f_ptr, row, f_strides, C, BLOCK_M, BLOCK_C), mask)
             if sample_scale_ptr is not None:
                 f *= scale
             rounded = (s + f).to(s_ptr.dtype.element_ty)
-            tl.store(row_ptrs(s_ptr, line, start, length, (C,), BLOCK_M, BLOCK_C), rounded, mask)
+            tl.store(row_ptrs(s_ptr, row, None, C, BLOCK_M, BLOCK_C), rounded, mask)
             s = rounded.to(tl.float32)
         mean = tl.sum(s, 1) * (1.0 / C)
         centred = s - mean[:, None]
@@ -117,10 +129,9 @@ def _forward_kernel(
         if residual_ptr is not None:
             if sample_scale_ptr is not None:
                 y *= scale
-            y += load(row_ptrs(residual_ptr, line, start, length, residual_strides, BLOCK_M, BLOCK_C), mask)
-        ptrs = row_ptrs(y_ptr, line, start, length, (C,), BLOCK_M, BLOCK_C)
+            y += load(row_ptrs(residual_ptr, row, residual_strides, C, BLOCK_M, BLOCK_C), mask)
+        ptrs = row_ptrs(y_ptr, row, None, C, BLOCK_M, BLOCK_C)
         tl.store(ptrs, y.to(y_ptr.dtype.element_ty), mask)
-        row = line.to(tl.int64) * length + start
         tl.store(mean_ptr + row + m, mean, exists)
         tl.store(rstd_ptr + row + m, rstd, exists)
 
@@ -129,26 +140,27 @@ def _forward_kernel(
 def _backward_kernel(
     ds_ptr, dy_ptr, s_ptr, mean_ptr, rstd_ptr, sample_scale_ptr, weight_ptr, dx_ptr, df_ptr, dweight_ptr, dbias_ptr,
     ds_strides, dy_strides, s_strides, dx_strides, size, lines, length,
-    SCALED_NORM: tl.constexpr, PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
+    SCALED_NORM: tl.constexpr, ONE_LINE: tl.constexpr, PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = ds + the gradient through the norm, df = sample_scale dx, and this program's sums of dweight and dbias.
 
     SCALED_NORM: sample_scale multiplied the norm, so it multiplies dy and not df.
     """
+    # rows a tile apart of which a thread has both, so that half the sums do
+    PAIR: tl.constexpr = 1 if BLOCK_M == 1 else 2
     m = tl.arange(0, BLOCK_M)
     weight = load_channels(weight_ptr, 1.0, C, BLOCK_C)
-    dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    dweight = tl.zeros((BLOCK_M // PAIR, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_M // PAIR, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), lines * tl.cdiv(length, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
-        line, start, exists = tile_rows(tile, length, BLOCK_M)
+        row, line, start, exists = tile_rows(tile, length, ONE_LINE, BLOCK_M)
         mask = tile_mask(exists, C, BLOCK_C)
-        dy = load(row_ptrs(dy_ptr, line, start, length, dy_strides, BLOCK_M, BLOCK_C), mask)
+        dy = load(row_ptrs(dy_ptr, row, dy_strides, C, BLOCK_M, BLOCK_C), mask)
         ptrs, s_mask = token_ptrs(
-            s_ptr, line, start, length, s_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
+            s_ptr, row, line, start, s_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
         )  # fmt: skip
         s = load(ptrs, s_mask)
-        row = line.to(tl.int64) * length + start
         mean = load(mean_ptr + row + m, exists)[:, None]
         rstd = load(rstd_ptr + row + m, exists)[:, None]
         if sample_scale_ptr is not None:
@@ -157,24 +169,24 @@ def _backward_kernel(
                 dy *= scale
         normed = (s - mean) * rstd
         if dweight_ptr is not None:
-            dweight += dy * normed
+            dweight += tl.sum(tl.reshape(dy * normed, (PAIR, BLOCK_M // PAIR, BLOCK_C)), 0)
         if dbias_ptr is not None:
-            dbias += dy
+            dbias += tl.sum(tl.reshape(dy, (PAIR, BLOCK_M // PAIR, BLOCK_C)), 0)
         # past the last channel dy is zero, and with it all that is summed
         dnormed = dy * weight
         along_one = tl.sum(dnormed, 1)[:, None] * (1.0 / C)
         along_normed = tl.sum(dnormed * normed, 1)[:, None] * (1.0 / C)
         dx = (dnormed - along_one - normed * along_normed) * rstd
         if ds_ptr is not None:
-            dx += load(row_ptrs(ds_ptr, line, start, length, ds_strides, BLOCK_M, BLOCK_C), mask)
+            dx += load(row_ptrs(ds_ptr, row, ds_strides, C, BLOCK_M, BLOCK_C), mask)
         ptrs, dx_mask = token_ptrs(
-            dx_ptr, line, start, length, dx_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
+            dx_ptr, row, line, start, dx_strides, size, mask, PADDED, C, BLOCK_M, BLOCK_C
         )  # fmt: skip
         tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), dx_mask)
         if df_ptr is not None:
             if sample_scale_ptr is not None:
                 dx *= scale
-            ptrs = row_ptrs(df_ptr, line, start, length, (C,), BLOCK_M, BLOCK_C)
+            ptrs = row_ptrs(df_ptr, row, None, C, BLOCK_M, BLOCK_C)
             tl.store(ptrs, dx.to(df_ptr.dtype.element_ty), mask)
     channel = tl.arange(0, BLOCK_C)
     partial = tl.program_id(0).to(tl.int64) * C + channel
@@ -217,8 +229,10 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def strides(x: Tensor | None, size: tuple[int, int] | None = None) -> tuple[int, ...] | None:
-    """Of an image, those of batch, height and width, where there is a ``size``; else that of the rows of a matrix."""
-    return None if x is None else x.stride()[: 1 if size is None else 3]
+    """Of an image, where there is a ``size``, those of batch, height and width; of rows theirs, None if contiguous."""
+    if x is None or (size is None and x.is_contiguous()):
+        return None
+    return x.stride()[: 1 if size is None else 3]
 
 
 def padded(size: tuple[int, int] | None) -> bool:
@@ -242,13 +256,13 @@ def norm(
     mean, rstd = (y.new_empty(y.shape[:-1], dtype=torch.float32) for _ in range(2))
     if mean.numel():
         C, lines = y.shape[-1], line_count(mean, sample_scale, size)
-        config = configure_norm("forward", y, C, max(x.itemsize, y.itemsize))
+        config = configure_norm("forward", C, x, f, residual, y)
         length = mean.numel() // lines
         with on_device(x):
             _forward_kernel[(config.programs(y, lines, length),)](
                 x, f, residual, *contiguous(sample_scale, weight, bias), s, y, mean, rstd,
                 strides(x, size), strides(f), strides(residual), size, lines, length, eps,
-                padded(size), C, **config.options, enable_fp_fusion=True,
+                lines == 1, padded(size), C, **config.options, enable_fp_fusion=True,
             )  # fmt: skip
     return mean, rstd
 
@@ -283,15 +297,15 @@ def norm_backward(
         return
     C, lines = dy.shape[-1], line_count(mean, sample_scale, size)
     length = mean.numel() // lines
-    config = configure_norm("backward", dy, C, max(dy.itemsize, s.itemsize))
+    config = configure_norm("backward", C, dy, ds, s)
     programs = config.programs(dy, lines, length, WORKSPACE // (4 * C * max(1, len(wanted))))
     partials = dy.new_empty(len(wanted), programs, C, dtype=torch.float32)
     with on_device(dy):
         _backward_kernel[(programs,)](
             ds, dy, s, *contiguous(mean, rstd, sample_scale, weight), dx, df,
             None if dweight is None else partials[0], None if dbias is None else partials[-1],
-            strides(ds), strides(dy), strides(s, size), (C,) if size is None else strides(dx, size), size,
-            lines, length, scaled_norm, padded(size), C, **config.options, enable_fp_fusion=True,
+            strides(ds), strides(dy), strides(s, size), strides(dx, size), size,
+            lines, length, scaled_norm, lines == 1, padded(size), C, **config.options, enable_fp_fusion=True,
         )  # fmt: skip
         if wanted:
             _sum_kernel[(triton.cdiv(C, 8), len(wanted))](partials, dweight, dbias, programs, C, 512, 8, num_warps=8)

@@ -101,7 +101,9 @@ class NormConfig(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        return {n: v for n, v in self._asdict().items() if n != "per_sm"}
+        # registers for per_sm programs to run at once, or the last would wait for the first
+        registers = 65536 // (32 * self.num_warps * self.per_sm) // 8 * 8
+        return {n: v for n, v in self._asdict().items() if n != "per_sm"} | {"maxnreg": min(255, registers)}
 
     def programs(self, x: Tensor, lines: int, length: int, most: int = MANY) -> int:
         """Programs that share the tiles evenly, at most ``most`` and ``per_sm`` blocks a multiprocessor."""
@@ -109,20 +111,23 @@ class NormConfig(NamedTuple):
         return -(-tiles // -(-tiles // min(most, multiprocessors(x) * self.per_sm)))
 
 
-# kernel, oldest architecture, largest BLOCK_C, largest element,
+# kernel, oldest architecture, largest BLOCK_C, largest element in bytes,
 # elements of a tile, stages, warps, programs a multiprocessor
 NORM_ROWS = (
-    ("forward", 80, 1024, 4, 4096, 1, 4, 8),
-    ("forward", 80, 8192, 4, 8192, 1, 8, 4),
+    ("forward", 80, 1024, 2, 4096, 1, 4, 5),
+    ("forward", 80, 1024, 4, 2048, 1, 4, 6),
+    ("forward", 80, 8192, 4, 8192, 1, 8, 2),
     ("backward", 80, 256, 4, 2048, 2, 4, 4),
-    ("backward", 80, 4096, 4, 4096, 2, 8, 2),
+    ("backward", 80, 4096, 2, 4096, 2, 8, 2),
+    ("backward", 80, 4096, 4, 4096, 2, 8, 1),
     ("backward", 80, 8192, 4, 8192, 2, 16, 1),
 )
 
 
-def configure_norm(kernel: str, x: Tensor, C: int, itemsize: int) -> NormConfig:
-    """The configuration for rows of C channels; ``itemsize`` is that of the largest element."""
+def configure_norm(kernel: str, C: int, x: Tensor, *others: Tensor | None) -> NormConfig:
+    """The configuration for rows of C channels of all these tensors: the largest element counts."""
     block_c, device = triton.next_power_of_2(C), architecture(x)
+    itemsize = max(y.itemsize for y in (x, *others) if y is not None)
     for name, arch, most_channels, most_bytes, elements, stages, num_warps, per_sm in NORM_ROWS:
         if name == kernel and device >= arch and block_c <= most_channels and itemsize <= most_bytes:
             return NormConfig(max(1, elements // block_c), block_c, stages, num_warps, per_sm)
