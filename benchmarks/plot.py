@@ -71,7 +71,7 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
         speed = f"{mode}_samples_per_sec"
         label = functools.partial(images, key=speed)
         ratios(axes, lines, column == 0, f"{mode}_ratio", label, speed, f"{mode}_status")
-        axes.set_title(f"{MODES[mode]}, batch {batch}, times the speed of eager timm", size=10, color=INK, loc="left")
+        axes.set_title(f"{MODES[mode]}, batch {batch}, times eager timm", size=10, color=INK, loc="left")
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     return path
