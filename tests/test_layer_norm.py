@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from swinops import add_layer_norm, layer_norm, layer_norm_add, reference
 from swinops.testing import assert_accurate, assert_op_accurate, differentiate, norm_inputs, random_tensor
 
+OP = "layer_norm"  # of tests that have no parameter ``op``
 OPS = ["layer_norm", "add_layer_norm", "layer_norm_add"]
 RESIDUAL = OPS[1:]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -32,7 +33,9 @@ class Case(NamedTuple):
         return norm_inputs(self.shape, dtype=dtype, weight=self.weight, bias=self.bias, f=f, device=device, seed=seed)
 
     def fits(self, op):
-        """Whether ``op`` has what the case is about."""
+        """Whether ``op`` has what the case is about, and where the interpreter is slow whether it is the simplest."""
+        if self.shape[-1] > 1000:
+            return op == "layer_norm"
         if op == "layer_norm":
             return self.f is True and self.sample_scale is None
         return self.dtype is None or op == "add_layer_norm"
@@ -245,7 +248,7 @@ def test_second_order(op, backend, device):
 
 
 @every_op
-@pytest.mark.parametrize("case", ["many rows", "3072 channels"])
+@pytest.mark.parametrize("case", ["many rows", "192 channels"])
 def test_deterministic(op, case, backend, device):
     call, _, tensors, dout = run(op, CASES[case], torch.float16, device, backend)
     first, second = (differentiate(call, tensors, dout) for _ in range(2))
@@ -421,8 +424,8 @@ def test_beyond_31_bits_in_memory(op):
 
 
 @given(st.data())
-@every_op
-def test_any_arguments(op, backend, device, data):
+def test_any_arguments(backend, device, data):
+    op = data.draw(st.sampled_from(OPS), "op")
     shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3), "rows"))
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     parameter = st.sampled_from([True, False, *DTYPES])
