@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import pickle
+import re
 import sys
 
 import pytest
@@ -230,10 +231,21 @@ def test_the_same_window_is_not_resized(window, log):
     assert not log()
 
 
-def test_no_square_window():
-    model = build()
-    with unchanged(model), pytest.raises(ValueError, match=r"\[49, 2\], got \[15, 2\] \(no square"):
-        load_checkpoint(model, build(window_size=(2, 3)).state_dict())
+@pytest.mark.parametrize(
+    "shape, why",
+    [
+        ((15, 2), r" \(no square, .*\)"),
+        ((16, 2), r" \(no square, .*\)"),
+        ((9, 3), ""),
+        ((9, 2, 1), r" \(no square, .*\)"),
+    ],
+)
+def test_tables_of_no_square_window_or_other_heads(shape, why):
+    """A square table has an odd number of rows along each axis."""
+    model, state = build(), copy(build(seed=1))
+    state[TABLE] = torch.ones(shape)
+    with unchanged(model), pytest.raises(ValueError, match=rf"\[49, 2\], got {re.escape(str(list(shape)))}{why}$"):
+        load_checkpoint(model, state)
 
 
 def test_features_only(log):
