@@ -25,6 +25,10 @@ BENCHMARKS = {  # of each op, the file of this folder
     "window_merge": "cyclic_shift",
     "relative_position_bias": "relative_position_bias",
     "window_attention": "window_attention",
+    "layer_norm": "layer_norm",
+    "add_layer_norm": "layer_norm",
+    "layer_norm_add": "layer_norm",
+    "patch_merging_norm": "patch_merging",
 }
 PRECISIONS = ("float32", "bfloat16", "float16", "amp", "tf32")
 FORMATS = ("csv", "json")
@@ -34,7 +38,7 @@ EXAMPLES = """examples:
   swinops bench ops --op window_attention --json
   swinops bench models -m swin_base_patch4_window7_224 -b 64 --precision amp --torchcompile --bench both"""
 OPS_EXAMPLE = """example:
-  swinops bench ops --op window_attention window_merge --precision bfloat16 --results-file ops.csv"""
+  swinops bench ops --op window_attention layer_norm --precision bfloat16 --results-file ops.csv"""
 MODELS_EXAMPLE = """example:
   swinops bench models -m swin_tiny_patch4_window7_224 swin_base_patch4_window7_224 -b 64 --precision amp
       --channels-last --torchcompile --bench both --results-file models.json"""
