@@ -1,5 +1,6 @@
 """layer_norm, add_layer_norm and layer_norm_add, each output and each gradient against the reference in float64."""
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -31,6 +32,10 @@ class Case(NamedTuple):
     def inputs(self, op, dtype, device, seed=0):
         f = self.f if op in RESIDUAL else False
         return norm_inputs(self.shape, dtype=dtype, weight=self.weight, bias=self.bias, f=f, device=device, seed=seed)
+
+    def scale(self, x):
+        """sample_scale on the device of ``x``, whose numbers are the same in every dtype."""
+        return None if self.sample_scale is None else torch.tensor(self.sample_scale, device=x.device)
 
     def fits(self, op):
         """Whether ``op`` has what the case is about, and where the interpreter is slow whether it is the simplest."""
@@ -119,18 +124,17 @@ def run(op, case, dtype, device, backend):
         # a row of one number in all has no variance: that is for the gradient
         if name in tensors and case.layout != "one element":
             tensors[name] = lay_out(tensors[name], case.layout)
-    scale = None if case.sample_scale is None else torch.tensor(case.sample_scale, device=device)
 
     def call(x, weight, bias, f=None):
         if op == "layer_norm":
             return layer_norm(x, weight, bias, eps=case.eps, dtype=case.dtype, backend=backend)
-        settings = {"sample_scale": scale, "eps": case.eps, "backend": backend}
+        settings = {"sample_scale": case.scale(x), "eps": case.eps, "backend": backend}
         if op == "add_layer_norm":
             return add_layer_norm(x, f, weight, bias, dtype=case.dtype, **settings)
         return layer_norm_add(x, f, weight, bias, **settings)
 
     def definition(**tensors):
-        outputs = define(op, case, scale, **tensors)[:-2]
+        outputs = define(op, case, **tensors)[:-2]
         return outputs[0] if len(outputs) == 1 else outputs
 
     layout = "last stride not 1" if case.layout == "contiguous" and len(case.shape) > 1 else case.layout
@@ -144,8 +148,9 @@ def run(op, case, dtype, device, backend):
     return call, definition, tensors, dout
 
 
-def define(op, case, scale, x, weight, bias, f=None):
+def define(op, case, x, weight, bias, f=None):
     """All outputs of the reference, in float64 where x is."""
+    scale = case.scale(x)
     promoted = x.dtype if f is None else torch.promote_types(x.dtype, f.dtype)
     dtype = case.dtype if case.dtype and x.dtype != torch.float64 else promoted
     if op == "layer_norm":
@@ -155,16 +160,11 @@ def define(op, case, scale, x, weight, bias, f=None):
     return reference.layer_norm_add(x, f, scale, weight, bias, case.eps)
 
 
-def registered(op, case, tensors, scale, backend):
+def registered(op, case, backend, x, weight, bias, f=None):
     """All outputs of the registered op."""
-    x, f, weight, bias = (tensors.get(name) for name in ("x", "f", "weight", "bias"))
     settings = [case.eps, backend] if op == "layer_norm_add" else [case.eps, case.dtype, backend]
-    rows = [x] if op == "layer_norm" else [x, f, scale]
+    rows = [x] if op == "layer_norm" else [x, f, case.scale(x)]
     return getattr(torch.ops.swinops, op)(*rows, weight, bias, *settings)
-
-
-def double(tensors):
-    return {name: None if x is None else x.double() for name, x in tensors.items()}
 
 
 @every_case
@@ -172,12 +172,14 @@ def test_forward_matches_reference(op, case, dtype, backend, device):
     """Every output, and each row's mean and rstd."""
     case = CASES[case]
     _, _, tensors, _ = run(op, case, dtype, device, backend)
-    scale = None if case.sample_scale is None else torch.tensor(case.sample_scale, device=device)
-    actual = registered(op, case, tensors, scale, backend)
-    plain, exact = define(op, case, scale, **tensors), define(op, case, scale, **double(tensors))
-    for n, results in enumerate(zip(actual, plain, exact, strict=True)):
-        assert results[0].is_contiguous()
-        assert_accurate(*results, f"output {n}")
+    outputs = registered(op, case, backend, **tensors)
+    assert all(x.is_contiguous() for x in outputs)
+    assert_op_accurate(
+        functools.partial(registered, op, case, backend),
+        functools.partial(define, op, case),
+        tensors,
+        (None,) * len(outputs),
+    )
 
 
 @every_case
@@ -185,9 +187,9 @@ def test_backward_matches_reference(op, case, dtype, backend, device):
     assert_op_accurate(*run(op, CASES[case], dtype, device, backend))
 
 
-def by_hand(op, case, scale, x, weight, bias, f=None):
+def by_hand(op, case, x, weight, bias, f=None):
     """The formulas of arXiv 1607.06450, in elementary operations that autograd differentiates."""
-    scale = 1 if scale is None else scale.double().view(-1, *[1] * (x.dim() - 1))
+    scale = 1 if case.sample_scale is None else case.scale(x).double().view(-1, *[1] * (x.dim() - 1))
 
     def norm(x):
         mean = x.sum(-1, keepdim=True) / x.shape[-1]
@@ -209,9 +211,8 @@ def test_reference_matches_its_definition(op, case):
     # every dtype is float64 here, so the cases for dtypes are left as they are without them
     case = case._replace(dtype=None, f=bool(case.f), weight=bool(case.weight), bias=bool(case.bias))
     call, _, tensors, dout = run(op, case, torch.float64, "cpu", "reference")
-    scale = None if case.sample_scale is None else torch.tensor(case.sample_scale)
     actual = differentiate(call, tensors, dout)
-    expected = differentiate(lambda **tensors: by_hand(op, case, scale, **tensors), tensors, dout)
+    expected = differentiate(lambda **tensors: by_hand(op, case, **tensors), tensors, dout)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
