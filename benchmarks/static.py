@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -66,14 +67,28 @@ SHARED_RESERVED = 1024  # bytes more for the system
 
 STACK_LIMIT = 16  # bytes
 WIDE = 16  # bytes of a 128-bit access
+LATENCY = 800e-9  # seconds from a load to its value in a loaded device
 ATTENTION = ("window_attention", "window_attention_backward")
 BIAS = ("relative_position_bias", "relative_position_bias_backward")
-OPS = (*ATTENTION, "window_partition", "window_merge", *BIAS)
-# the tensors that hold vectors of head_dim channels, by the names of the kernels' arguments without _ptr
+# the tensors that hold vectors of channels, by the names of the kernels' arguments without _ptr
+NORM_VECTORS = {
+    "layer_norm": {"x", "y"},
+    "layer_norm_backward": {"dy", "s", "dx"},
+    "add_layer_norm": {"x", "f", "s", "y"},
+    "add_layer_norm_backward": {"ds", "dy", "s", "dx", "df"},
+    "layer_norm_add": {"x", "residual", "y"},
+    "layer_norm_add_backward": {"dy", "s", "dx"},
+    "patch_merging_norm": {"x", "y"},
+    "patch_merging_norm_backward": {"dy", "s", "dx"},
+}
 VECTORS = {
     "window_attention": {"q", "k", "v", "out"},
     "window_attention_backward": {"q", "k", "v", "dout", "dq", "dk", "dv"},
+    **NORM_VECTORS,
 }
+NORMS = tuple(NORM_VECTORS)
+OPS = (*ATTENTION, "window_partition", "window_merge", *BIAS, *NORMS)
+NORM_KERNELS = ("_norm_kernel", "_norm_backward_kernel")
 # read or written once a program, not once a window: left out of the bytes that must move for a window
 ONCE = {"bias", "pad", "dbias", "dpad"}
 
@@ -406,10 +421,11 @@ def blocks_per_sm(arch: int, registers: int, shared: int, warps: int, tensor_mem
 
 
 class Turns(NamedTuple):
-    """How often loops turn, by depth. ``persistent``: the outer one runs over items, ``trips[0]`` turns for each."""
+    """How often loops turn, by depth. ``persistent``: the outer one does ``items`` items in ``trips[0]`` turns."""
 
     persistent: bool
     trips: tuple[int, ...]
+    items: float = 1
 
 
 def turns(launch: Launch) -> Turns | None:
@@ -431,6 +447,11 @@ def turns(launch: Launch) -> Turns | None:
         return Turns(False, ())
     if launch.name == "_reduce_kernel":
         return Turns(False, (tiles("BLOCK_I"),))
+    if launch.name in NORM_KERNELS:
+        length = launch.arguments["length"]
+        return Turns(True, (1,), length / math.ceil(length / launch.arguments["BLOCK_M"]))
+    if launch.name == "_sum_kernel":
+        return Turns(False, (math.ceil(launch.arguments["programs"] / launch.arguments["BLOCK_P"]),))
     return None
 
 
@@ -438,9 +459,9 @@ def turns(launch: Launch) -> Turns | None:
 class Row:
     """One kernel of one configuration.
 
-    Times in ns for one item: a (window, head) of attention, a window of partition and merge, a head of the bias. Of two
-    values, the first is along the longest way and the second along the shortest: with the border mask and without it,
-    where the compiler left a branch.
+    Times in ns for one item: a (window, head) of attention, a window of partition and merge, a head of the bias, a row
+    of a norm, a channel of the sum of its partials. Of two values, the first is along the longest way and the second
+    along the shortest: with the border mask and without it, where the compiler left a branch.
     """
 
     arch: int
@@ -452,6 +473,7 @@ class Row:
     local_hot: int  # local-memory instructions in the hot loop
     local_cold: int
     shared: int  # bytes a block, without what the system reserves
+    programs: int
     blocks_per_sm: int
     limited_by: str
     resident: int  # blocks on a multiprocessor: the grid may hold fewer than fit
@@ -465,7 +487,7 @@ class Row:
     accesses: dict[str, list[int]]  # widths of the global accesses to each tensor
     tensor_core: dict[str, int]
     hot_loop: tuple[int, int]  # instructions a warp in one turn of the innermost hot loop
-    instructions: tuple[int, int] | None  # a warp, for one item
+    instructions: tuple[int, int] | None  # a warp, for one item; of a norm, for one tile of rows
     issue_ns: tuple[float, float] | None
     bytes: int  # that must move for one item
     memory_ns: float
@@ -491,6 +513,8 @@ def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -
     most, limit = blocks_per_sm(arch, usage["REG"], metadata.shared, warps, getattr(metadata, "tmem_size", 0) or 0)
     resident = min(most, math.ceil(launch.programs / device.multiprocessors))
     hot_loads = by_width(inner, GLOBAL_LOAD)
+    # of a norm, the lanes past the last channel load nothing
+    filled = launch.arguments["C"] / launch.arguments["BLOCK_C"] if launch.name in NORM_KERNELS else 1
     issued = issue = None
     if loops is not None:
         if loops.persistent and nest:
@@ -500,7 +524,7 @@ def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -
             ways = [math.ceil(instructions * launch.programs / items) for instructions in whole]
         issued = ways[0], ways[1]
         rate = SCHEDULERS * device.multiprocessors * device.clock / 1e9
-        issue = ways[0] * warps / rate, ways[1] * warps / rate
+        issue = ways[0] * warps / rate / loops.items, ways[1] * warps / rate / loops.items
     moved = {n: x for n, x in launch.tensors.items() if n not in ONCE or not {"q", "k"} & launch.tensors.keys()}
     moved_bytes = sum(x.numel() * x.itemsize for x in moved.values()) // items
     memory = moved_bytes / device.bandwidth * 1e9
@@ -514,10 +538,11 @@ def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -
         local_hot=sum(x.name in LOCAL for x in hot),
         local_cold=sum(x.name in LOCAL for x in every) - sum(x.name in LOCAL for x in hot),
         shared=metadata.shared,
+        programs=launch.programs,
         blocks_per_sm=most,
         limited_by=limit,
         resident=resident,
-        bytes_in_flight=sum(width * n for width, n in hot_loads.items()) * 32 * warps * resident,
+        bytes_in_flight=int(sum(width * n for width, n in hot_loads.items()) * 32 * warps * resident * filled),
         loads=by_width(every, GLOBAL_LOAD),
         stores=by_width(every, GLOBAL_STORE),
         hot_loads=hot_loads,
@@ -533,9 +558,48 @@ def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -
     )
 
 
-@dataclass(frozen=True)
-class Case:
+class Call:
     """One call of one op for one architecture."""
+
+    arch: int
+    op: str
+    dtype: str
+
+    @property
+    def items(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def wide(self) -> bool:
+        """Whether all accesses to vectors must be of 128 bits."""
+        raise NotImplementedError
+
+    def bounded(self, row: Row) -> bool:
+        """Whether a kernel must be bound by memory."""
+        raise NotImplementedError
+
+    def call(self) -> None:
+        """Call the op's launcher as the ops do."""
+        raise NotImplementedError
+
+    def labels(self) -> list[str]:
+        """Its cells in the table, after architecture, op and kernel."""
+        raise NotImplementedError
+
+    def measure(self) -> list[Row]:
+        with compiling(self.arch) as launches:
+            self.call()
+        rows = []
+        for launch in launches:
+            items = self.items if launch.name != "_sum_kernel" else 2 * launch.arguments["C"]
+            rows.append(measure(launch, self.arch, items))
+            rows[-1].case = asdict(self)
+        return rows
+
+
+@dataclass(frozen=True)
+class Case(Call):
+    """A call of any op but a norm."""
 
     arch: int
     op: str
@@ -602,13 +666,95 @@ class Case:
                     dout, *qkv.unbind(-3), bias, pad, out, lse, *dqkv.unbind(-3), torch.empty_like(bias), dpad, *rest
                 )
 
-    def measure(self) -> list[Row]:
-        with compiling(self.arch) as launches:
-            self.call()
-        rows = [measure(launch, self.arch, self.items) for launch in launches]
-        for row in rows:
-            row.case = asdict(self)
-        return rows
+    def labels(self) -> list[str]:
+        return [
+            f"{self.window}{'p' if self.padded else ''}",
+            *(["-", "-", "float32"] if self.op in BIAS else [str(self.shift), str(self.head_dim), self.dtype]),
+            self.bias if self.op in ATTENTION else "-",
+        ]
+
+    @property
+    def wide(self) -> bool:
+        return self.head_dim == 32
+
+    def bounded(self, row: Row) -> bool:
+        forward = self.op == "window_attention" and self.arch in (80, 90)
+        return forward and self.window in (7, 8) and self.head_dim == 32 and not self.padded
+
+
+@dataclass(frozen=True)
+class NormCase(Call):
+    """A call of a norm: with float32 weights and, where there is a residual sum, factors of samples.
+
+    ``dtype`` is that of branches and projections, ``stream`` that of the residual stream: float32 under autocast.
+    """
+
+    arch: int
+    op: str
+    channels: int
+    dtype: str = "bfloat16"
+    stream: str = "bfloat16"
+    padded: bool = False
+
+    batch = 64
+
+    def __str__(self) -> str:
+        text = f"sm_{self.arch} {self.op} channels {self.channels} {self.dtype} stream {self.stream}"
+        return text + " padded" * self.padded
+
+    @property
+    def wide(self) -> bool:
+        return True
+
+    @property
+    def merging(self) -> bool:
+        return self.op.startswith("patch_merging")
+
+    @property
+    def row(self) -> int:
+        """Channels of a row."""
+        return self.channels * (4 if self.merging else 1)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the image: Swin's at this many channels, even where it is merged."""
+        size = max(7 * (1 + self.merging), 56 * 96 // self.channels // 14 * 14)
+        return size - 1 if self.padded else size
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Batch, height and width of the rows."""
+        side = math.ceil(self.size / 2) if self.merging else self.size
+        return self.batch, side, side
+
+    @property
+    def items(self) -> int:
+        return math.prod(self.rows)
+
+    def labels(self) -> list[str]:
+        return [f"{self.channels}{'p' if self.padded else ''}", self.dtype, self.stream]
+
+    def call(self) -> None:
+        launch = getattr(importlib.import_module("swinops.kernels"), self.op)
+        dtype, stream = getattr(torch, self.dtype), getattr(torch, self.stream)
+        x = torch.empty(self.batch, self.size, self.size, self.channels, dtype=stream)
+        y = torch.empty(*self.rows, self.row, dtype=dtype)
+        mean, scale, weight = torch.empty(self.rows), torch.empty(self.batch), torch.empty(self.row)
+        # outputs and gradients may lie where inputs do: nothing is written
+        arguments: dict[str, tuple[object, ...]] = {
+            "layer_norm": (x, weight, weight, 1e-5, dtype),
+            "layer_norm_backward": (y, x, mean, mean, weight, x, weight, weight),
+            "add_layer_norm": (x, y, scale, weight, weight, 1e-5, dtype),
+            "add_layer_norm_backward": (x, y, x, mean, mean, scale, weight, x, y, weight, weight),
+            "layer_norm_add": (x, y, scale, weight, weight, 1e-5),
+            "layer_norm_add_backward": (x, y, mean, mean, scale, weight, y, weight, weight),
+            "patch_merging_norm": (x, weight, weight, 1e-5, dtype),
+            "patch_merging_norm_backward": (y, x, mean, mean, weight, x, weight, weight),
+        }
+        launch(*arguments[self.op])
+
+    def bounded(self, row: Row) -> bool:
+        return row.kernel in NORM_KERNELS and self.arch in (80, 90)
 
 
 class Failure(NamedTuple):
@@ -622,7 +768,7 @@ class Failure(NamedTuple):
         return f"{self.bar}: {self.kernel}, {self.case}: {self.value}, limit {self.limit}"
 
 
-def failures(case: Case, rows: Sequence[Row]) -> list[Failure]:
+def failures(case: Call, rows: Sequence[Row]) -> list[Failure]:
     """The bars that an op's kernels miss. Of float32, and of the ops that only move data, only that a block fits."""
     found: list[Failure] = []
 
@@ -632,12 +778,13 @@ def failures(case: Case, rows: Sequence[Row]) -> list[Failure]:
 
     for row in rows:
         bar("resources", row, row.blocks_per_sm > 0, f"no block fits, by {row.limited_by}", "1 block on an SM")
-        if case.op not in ATTENTION or case.dtype == "float32":
+        if case.op not in VECTORS or case.dtype == "float32":
             continue
         bar("stack", row, row.stack <= STACK_LIMIT, f"{row.stack} bytes", f"{STACK_LIMIT} bytes")
         bar("local memory", row, row.local_hot == 0, f"{row.local_hot} instructions in the hot loop", 0)
-        bar("tensor cores", row, bool(row.tensor_core), "no tensor-core instruction", "1")
-        if case.head_dim == 32:
+        if case.op in ATTENTION:
+            bar("tensor cores", row, bool(row.tensor_core), "no tensor-core instruction", "1")
+        if case.wide:
             vectors = VECTORS[case.op] | {"out", "?"}
             narrow = {n: min(widths) for n, widths in row.accesses.items() if n in vectors and min(widths) < WIDE}
             bar("128-bit accesses", row, not narrow, f"bytes an access {narrow}", f"{WIDE} bytes")
@@ -645,38 +792,31 @@ def failures(case: Case, rows: Sequence[Row]) -> list[Failure]:
             asked = sum(width >= WIDE for widths in row.accesses.values() for width in widths)
             wide = sum(n for counts in (row.loads, row.stores) for width, n in counts.items() if width >= WIDE)
             bar("128-bit accesses", row, wide >= asked, f"{wide} in the machine code", f"{asked}, as in the PTX")
-        forward = case.op == "window_attention" and case.arch in (80, 90)
-        if forward and case.window in (7, 8) and case.head_dim == 32 and not case.padded:
+        if case.bounded(row):
             issue = "unknown" if row.issue_ns is None else f"{row.issue_ns[0]:.2f} ns"
             bar("issue time", row, row.bound == "memory", issue, f"memory time {row.memory_ns:.2f} ns")
-    if rows and case.op in ATTENTION:
+        if row.kernel in NORM_KERNELS:
+            device = DEVICES[row.arch]
+            fit = row.blocks_per_sm * device.multiprocessors
+            bar("one wave", row, row.programs <= fit, f"{row.programs} programs", f"{fit} that run at once")
+            if case.bounded(row):
+                needed = math.ceil(device.bandwidth * LATENCY / device.multiprocessors)
+                bar("bytes in flight", row, row.bytes_in_flight >= needed, f"{row.bytes_in_flight} on an SM", needed)
+    if rows and case.op in VECTORS:
         missing = VECTORS[case.op] - {name for row in rows for name in row.accesses}
         bar("128-bit accesses", rows[0], not missing, f"no access to {sorted(missing)} was found", "each tensor")
     return found
 
 
+LABELS = {Case: ("window", "shift", "head_dim", "dtype", "bias"), NormCase: ("channels", "dtype", "stream")}
 COLUMNS = (
-    *(
-        "arch",
-        "op",
-        "kernel",
-        "window",
-        "shift",
-        "head_dim",
-        "dtype",
-        "bias",
-        "warps",
-        "regs",
-        "stack",
-        "local",
-        "smem",
-    ),
+    *("warps", "regs", "stack", "local", "smem"),
     *("blocks", "in_flight", "ld128", "ld_less", "st128", "st_less", "narrow", "tensor_core", "hot_loop", "issue_ns"),
     *("memory_ns", "bound"),
 )
 
 
-def cells(case: Case, row: Row) -> list[str]:
+def cells(case: Call, row: Row) -> list[str]:
     """A row of the table. "a+b": in the hot loop and outside. "a/b": along the longest way and the shortest.
 
     local: local-memory instructions; blocks: resident of those that fit, and what limits them; narrow: bytes an access
@@ -698,9 +838,7 @@ def cells(case: Case, row: Row) -> list[str]:
         f"sm_{case.arch}",
         case.op,
         row.kernel.strip("_").removesuffix("_kernel"),
-        f"{case.window}{'p' if case.padded else ''}",
-        *(["-", "-", "float32"] if case.op in BIAS else [str(case.shift), str(case.head_dim), case.dtype]),
-        case.bias if case.op in ATTENTION else "-",
+        *case.labels(),
         str(row.warps),
         str(row.registers),
         str(row.stack),
@@ -726,10 +864,16 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def cases(arguments: argparse.Namespace) -> list[Case]:
-    chosen: list[Case] = []
+def cases(arguments: argparse.Namespace) -> list[Call]:
+    chosen: list[Call] = []
     for arch in arguments.arch:
         for op in arguments.op:
+            if op in NORMS:
+                for channels, dtype in itertools.product(arguments.channels, arguments.dtype):
+                    if channels <= 768 or not op.startswith("patch_merging"):
+                        streams = (dtype, "float32")
+                        chosen += [NormCase(arch, op, channels, dtype, x, arguments.padded) for x in streams]
+                continue
             for window in arguments.window:
                 if op in BIAS:
                     chosen.append(Case(arch, op, window))
@@ -746,7 +890,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     return list(dict.fromkeys(chosen))
 
 
-def outcome(case: Case) -> tuple[Case, list[Row], list[Failure]]:
+def outcome(case: Call) -> tuple[Call, list[Row], list[Failure]]:
     """Rows and failures of a case; that a kernel does not compile is one."""
     try:
         rows = case.measure()
@@ -755,7 +899,7 @@ def outcome(case: Case) -> tuple[Case, list[Row], list[Failure]]:
     return case, rows, failures(case, rows)
 
 
-def outcomes(chosen: Sequence[Case], jobs: int) -> Iterator[tuple[Case, list[Row], list[Failure]]]:
+def outcomes(chosen: Sequence[Call], jobs: int) -> Iterator[tuple[Call, list[Row], list[Failure]]]:
     if jobs == 1:
         yield from map(outcome, chosen)
         return
@@ -774,10 +918,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, nargs="+", default=[4, 7, 8, 12, 16, 24, 48])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument(
+        "--channels",
+        type=int,
+        nargs="+",
+        default=[96, 128, 192, 384, 768, 1536, 3072],
+        help="of the norms; patch merging, whose rows have four times as many, takes those to 768",
+    )
+    parser.add_argument(
         "--dtype", nargs="+", choices=["float16", "bfloat16", "float32"], default=["float16", "bfloat16"]
     )
     parser.add_argument("--shift", action=argparse.BooleanOptionalAction, help="only shifted windows, or none")
-    parser.add_argument("--padded", action="store_true", help="images that the window does not divide, with pad_kv")
+    parser.add_argument("--padded", action="store_true", help="images that the window, or merging, does not divide")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows and the failures there")
     arguments = parser.parse_args(argv)
@@ -785,15 +936,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the kernels are interpreted in this process: unset TRITON_INTERPRET")
 
     chosen = cases(arguments)
-    done: list[tuple[Case, list[Row], list[Failure]]] = []
+    done: list[tuple[Call, list[Row], list[Failure]]] = []
     with progress(len(chosen)) as advance:
         for result in outcomes(chosen, max(1, arguments.jobs)):
             done.append(result)
             advance()
     done.sort(key=lambda result: chosen.index(result[0]))
 
-    lines = [cells(case, row) for case, rows, _ in done for row in rows]
-    print(table([COLUMNS, *lines]))
+    for kind, labels in LABELS.items():
+        lines = [cells(case, row) for case, rows, _ in done if isinstance(case, kind) for row in rows]
+        if lines:
+            print(table([("arch", "op", "kernel", *labels, *COLUMNS), *lines]))
     for arch in arguments.arch:
         device = DEVICES[arch]
         print(
@@ -804,7 +957,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missed = [failure for _, _, failed in done for failure in failed]
     for failure in missed:
         print(f"FAILED {failure}")
-    print(f"{len(lines)} kernels compiled, {len(missed)} bars missed")
+    print(f"{sum(len(rows) for _, rows, _ in done)} kernels compiled, {len(missed)} bars missed")
     if arguments.json:
         write_json(arguments.json, done)
     return 1 if missed else 0
@@ -823,7 +976,7 @@ def progress(total: int) -> Iterator[Callable[[], object]]:
     yield lambda: None
 
 
-def write_json(path: Path, done: Sequence[tuple[Case, list[Row], list[Failure]]]) -> None:
+def write_json(path: Path, done: Sequence[tuple[Call, list[Row], list[Failure]]]) -> None:
     report = {
         "note": NOT_A_TIMING,
         "triton": triton.__version__,

@@ -91,7 +91,7 @@ def load_channels(ptr, default, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_kernel(
     x_ptr, f_ptr, residual_ptr, sample_scale_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr,
     x_strides, f_strides, residual_strides, size, lines, length, eps,
     ONE_LINE: tl.constexpr, PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -137,7 +137,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     ds_ptr, dy_ptr, s_ptr, mean_ptr, rstd_ptr, sample_scale_ptr, weight_ptr, dx_ptr, df_ptr, dweight_ptr, dbias_ptr,
     ds_strides, dy_strides, s_strides, dx_strides, size, lines, length,
     SCALED_NORM: tl.constexpr, ONE_LINE: tl.constexpr, PADDED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -147,7 +147,7 @@ def _backward_kernel(
 
     SCALED_NORM: sample_scale multiplied the norm, so it multiplies dy and not df.
     """
-    # rows a tile apart of which a thread has both, so that half the sums do
+    # of rows half a tile apart a thread has both: it adds them first, and holds half as many sums
     PAIR: tl.constexpr = 1 if BLOCK_M == 1 else 2
     m = tl.arange(0, BLOCK_M)
     weight = load_channels(weight_ptr, 1.0, C, BLOCK_C)
@@ -259,7 +259,7 @@ def norm(
         config = configure_norm("forward", C, x, f, residual, y)
         length = mean.numel() // lines
         with on_device(x):
-            _forward_kernel[(config.programs(y, lines, length),)](
+            _norm_kernel[(config.programs(y, lines, length),)](
                 x, f, residual, *contiguous(sample_scale, weight, bias), s, y, mean, rstd,
                 strides(x, size), strides(f), strides(residual), size, lines, length, eps,
                 lines == 1, padded(size), C, **config.options, enable_fp_fusion=True,
@@ -301,7 +301,7 @@ def norm_backward(
     programs = config.programs(dy, lines, length, WORKSPACE // (4 * C * max(1, len(wanted))))
     partials = dy.new_empty(len(wanted), programs, C, dtype=torch.float32)
     with on_device(dy):
-        _backward_kernel[(programs,)](
+        _norm_backward_kernel[(programs,)](
             ds, dy, s, *contiguous(mean, rstd, sample_scale, weight), dx, df,
             None if dweight is None else partials[0], None if dbias is None else partials[-1],
             strides(ds), strides(dy), strides(s, size), strides(dx, size), size,

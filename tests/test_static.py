@@ -18,6 +18,8 @@ import triton.language as tl
 
 from swinops.benchmarks import static
 
+NORMS = ("layer_norm", "add_layer_norm_backward", "patch_merging_norm_backward")
+
 SASS = """
         .text:
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -152,7 +154,8 @@ def test_kernels_pass_the_bars(tmp_path):
     report = tmp_path / "static.json"
     done = compiling_process(
         *("-m", "swinops.benchmarks.static", "--arch", "80", "90", "--window", "7", "12", "--head-dim", "32"),
-        *("--dtype", "bfloat16", "--op", *static.ATTENTION, "--jobs", "2", "--json", str(report)),
+        *("--dtype", "bfloat16", "--channels", "96", "--op", *static.ATTENTION, *NORMS),
+        *("--jobs", "2", "--json", str(report)),
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert static.NOT_A_TIMING in done.stdout
@@ -163,8 +166,14 @@ def test_kernels_pass_the_bars(tmp_path):
     assert written["note"] == static.NOT_A_TIMING
     assert not written["failures"]
     rows = written["rows"]
-    measured = {(row["arch"], row["case"]["op"], row["case"]["window"], row["case"]["shift"] > 0) for row in rows}
+    attention = [row for row in rows if row["case"]["op"] in static.ATTENTION]
+    measured = {(row["arch"], row["case"]["op"], row["case"]["window"], row["case"]["shift"] > 0) for row in attention}
     assert len(measured) == 2 * 2 * 2 * 2
+    norms = [row for row in rows if row["kernel"] in static.NORM_KERNELS]
+    assert {(row["arch"], row["case"]["op"], row["case"]["stream"]) for row in norms} == {
+        (arch, op, stream) for arch in (80, 90) for op in NORMS for stream in ("bfloat16", "float32")
+    }
+    assert len(rows) == len(attention) + len(norms) + sum(row["kernel"] == "_sum_kernel" for row in rows)
     for row in rows:
         assert row["issue_ns"] is not None, f"how often the loops of {row['kernel']} turn is unknown"
         assert row["memory_ns"] > 0
@@ -204,6 +213,7 @@ def missed() -> dict[str, set[str]]:
         ("narrow", {"128-bit accesses"}),
         ("without tensor cores", {"tensor cores"}),
         ("naive", {"issue time"}),
+        ("a row a program", {"128-bit accesses", "issue time", "one wave", "bytes in flight"}),
     ],
 )
 def test_bad_kernel_misses_its_bar(missed, kernel, bars):
@@ -272,6 +282,23 @@ def naive_kernel(
     tl.store(out_ptr + place, out.to(v.dtype), (t < N)[:, None])
 
 
+@triton.jit
+def _norm_kernel(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, stride, eps, C: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Layer norm of one row a program, by the name that the bars of the package's own go by."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    x = tl.load(x_ptr + row * stride + c, c < C, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / C
+    centred = tl.where(c < C, x - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
+    y = centred * rstd * tl.load(weight_ptr + c, c < C) + tl.load(bias_ptr + c, c < C)
+    tl.store(y_ptr + row * stride + c, y.to(y_ptr.dtype.element_ty), c < C)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
 def bad_kernels() -> dict[str, list[str]]:
     heads, batch, side, head_dim = 3, 64, 8, 32
     windows = batch * side**2
@@ -297,6 +324,16 @@ def bad_kernels() -> dict[str, list[str]]:
             q, k, v, table, out, heads * head_dim, heads, side, 3, 7, 64, head_dim, num_warps=4
         )
 
+    def row_a_program() -> list[str]:
+        case = static.NormCase(90, "layer_norm", 96)
+        x, y = torch.empty(2, case.items, 96, dtype=torch.bfloat16).unbind()
+        weight, bias = torch.empty(2, 96).unbind()
+        mean, rstd = torch.empty(2, case.items).unbind()
+        with static.compiling(90) as launches:
+            _norm_kernel[(case.items,)](x, y, weight, bias, mean, rstd, 96, 1e-5, 96, 128, num_warps=4)
+        rows = [static.measure(one, 90, case.items, static.Turns(False, ())) for one in launches]
+        return [failure.bar for failure in static.failures(case, rows)]
+
     each = static.Turns(True, (1,))
     return {
         "good": missed(7, persistent(49, 64), each),
@@ -304,6 +341,7 @@ def bad_kernels() -> dict[str, list[str]]:
         "narrow": missed(8, persistent(64, 64, channel_stride=2), each),
         "without tensor cores": missed(7, persistent(49, 64, dot=False), each),
         "naive": missed(7, naive, static.Turns(False, ())),
+        "a row a program": row_a_program(),
     }
 
 
