@@ -299,10 +299,11 @@ def measure(subject: Subject, settings: Settings) -> list[dict[str, Any]]:
         settings.say(f"\n{title}{', channels last' * subject.channels_last}")
         settings.say(table([model_cells(row, mode) for row in rows]))
     if settings.device.type == "cpu":
-        settings.say("  on a CPU a patched model runs timm's own forward, so the two should be the same,")
-        settings.say("  and this package's model runs the reference of each op, in plain PyTorch")
+        settings.say("  on a CPU a patched model runs timm's own forward: the two should be the same")
     if subject.ours is None:
         settings.say("  swinops: this package has no model of that name")
+    elif settings.device.type == "cpu":
+        settings.say("  swinops: on a CPU this package's model runs the reference of each op, in plain PyTorch")
     return rows
 
 
