@@ -53,8 +53,8 @@ CASES = {
     "96 channels": Case((2, 9, 96)),
     "100 channels": Case((3, 3, 100)),
     "192 channels": Case((1, 5, 192)),
-    "1536 channels": Case((1, 3, 1536)),
-    "3072 channels": Case((1, 2, 3072)),
+    "1536 channels": Case((1, 3, 1536), weight=False),
+    "3072 channels": Case((1, 2, 3072), bias=False),
     "one row": Case((1, 1, 96)),
     "one axis": Case((40,)),
     "images": Case((2, 3, 5, 24)),
@@ -86,9 +86,8 @@ CASES = {
     "one element": Case(layout="one element"),
 }
 EVERY_DTYPE = [
-    "1 channel", "96 channels", "100 channels", "many rows", "no samples", "no bias", "parameters in float32",
-    "parameters in float16 and bfloat16", "to float32", "to bfloat16", "f in float32", "f in bfloat16",
-    "scaled samples", "scaled samples, f in bfloat16",
+    "1 channel", "100 channels", "many rows", "no samples", "parameters in float16 and bfloat16", "to float32",
+    "f in float32", "scaled samples", "scaled samples, f in bfloat16",
 ]  # fmt: skip
 TRIPLES = [
     (op, name, dtype)
@@ -249,6 +248,14 @@ def test_second_order(op, backend, device):
 
 
 @every_op
+def test_statistics_are_constants(op, device):
+    """mean and rstd are there for backward: what is made of them has no gradient, rather than a wrong one."""
+    tensors = {name: x.requires_grad_() for name, x in Case().inputs(op, torch.float32, device).items()}
+    *outputs, mean, rstd = registered(op, Case(), "reference", **tensors)
+    assert all(x.requires_grad for x in outputs) and not mean.requires_grad and not rstd.requires_grad
+
+
+@every_op
 @pytest.mark.parametrize("case", ["many rows", "192 channels"])
 def test_deterministic(op, case, backend, device):
     call, _, tensors, dout = run(op, CASES[case], torch.float16, device, backend)
@@ -314,7 +321,7 @@ def test_norm_is_that_of_the_rounded_sum(op, f, dtype, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropped_samples(op, dtype, backend, device):
     """Where sample_scale is zero the residual passes as it is, and f gets no gradient, in any dtype of the scale."""
-    for scale_dtype in (torch.float64, *DTYPES):
+    for scale_dtype in (dtype, torch.float64, torch.float32):
         tensors = norm_inputs((3, 4, 20), dtype=dtype, f=True, device=device)
         scale = torch.tensor([0.0, 1.5, 0.0], device=device, dtype=scale_dtype)
         f = tensors["f"].requires_grad_()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swinops import patch_merging_norm, reference
@@ -39,7 +39,7 @@ CASES = {
     "1 channel": Case((2, 4, 3, 1)),
     "25 channels": Case((1, 4, 4, 25)),
     "96 channels": Case((1, 6, 5, 96)),
-    "768 channels": Case((1, 2, 2, 768)),
+    "768 channels": Case((1, 2, 2, 768), bias=False),
     "many patches": Case((2, 15, 31, 3)),
     "empty batch": Case((0, 4, 5, 8)),
     "no weight": Case(weight=False),
@@ -56,10 +56,7 @@ CASES = {
     "part of a larger image": Case((2, 3, 5, 8), layout="part of a larger image"),
     "expanded": Case((3, 3, 5, 8), layout="expanded"),
 }
-EVERY_DTYPE = [
-    "odd", "one column", "25 channels", "96 channels", "many patches", "empty batch", "neither",
-    "parameters in float32", "to float32", "to bfloat16",
-]  # fmt: skip
+EVERY_DTYPE = ["odd", "25 channels", "many patches", "empty batch", "parameters in float32", "to bfloat16"]
 PAIRS = [(case, dtype) for case in CASES for dtype in DTYPES if case in EVERY_DTYPE or dtype == torch.float16]
 
 
@@ -169,6 +166,14 @@ def test_second_order(backend, device):
         dx.sum().backward()
 
 
+def test_statistics_are_constants(device):
+    """mean and rstd are there for backward: what is made of them has no gradient, rather than a wrong one."""
+    _, _, tensors, _ = run(Case(), torch.float32, device, "reference")
+    inputs = [x.requires_grad_() for x in tensors.values()]
+    outputs = torch.ops.swinops.patch_merging_norm(*inputs, 1e-5, None, "reference")
+    assert [x.requires_grad for x in outputs] == [True, False, False]
+
+
 @pytest.mark.parametrize("case", ["many patches", "96 channels"])
 def test_deterministic(case, backend, device):
     op, _, tensors, dout = run(CASES[case], torch.float16, device, backend)
@@ -252,6 +257,7 @@ def test_beyond_31_bits_in_memory():
         assert all(torch.equal(part, few) for part in many.split(8))
 
 
+@settings(max_examples=20)
 @given(st.data())
 def test_any_arguments(backend, device, data):
     sizes = [data.draw(st.integers(1, most), name) for name, most in (("B", 3), ("H", 6), ("W", 6), ("C", 33))]
