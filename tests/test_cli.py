@@ -1,0 +1,252 @@
+"""The ``swinops`` command: help, sentences for what is wrong, ``explain``, and the files and JSON of ``bench``."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from swinops.cli import main
+
+SWIN = "swin_tiny_patch4_window7_224"
+COMMANDS = ["", "info", "explain", "bench", "bench ops", "bench models"]
+BENCH = all(importlib.util.find_spec(name) for name in ("matplotlib", "PIL", "timm", "tqdm"))
+
+needs_bench = pytest.mark.skipif(not BENCH, reason="swinops[bench] is not installed")
+
+
+def failure(capsys, *arguments):
+    """The sentence that wrong arguments get."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(each) for each in arguments])
+    assert exit.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("usage: swinops")
+    return captured.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command.split(), "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    examples = text.partition("\nexample")[2]
+    assert f"  swinops {command}".rstrip() in examples
+    assert "Traceback" not in text and text.startswith("usage: swinops")
+
+
+def example_lines(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out.partition("\nexample")[2].partition("\n")[2].replace("\n      ", " ")
+    return [line.split("   ")[0].split()[1:] for line in text.splitlines() if line.startswith("  swinops")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_right(command, capsys, monkeypatch):
+    """They get as far as what they ask for."""
+    from swinops import cli
+    from swinops.benchmarks import command as bench
+
+    reached = []
+    monkeypatch.setattr(cli, "info", lambda arguments: reached.append(1) or 0)
+    monkeypatch.setattr(cli, "explain", lambda *arguments: reached.append(1) or 0)
+    monkeypatch.setattr(bench, "run", lambda *arguments: reached.append(1) or 0)
+    lines = example_lines(command, capsys)
+    for line in lines:
+        assert main(line) == 0
+    assert lines and len(reached) == len(lines)
+
+
+def test_without_a_command_there_is_a_sentence(capsys):
+    text = failure(capsys)
+    assert text.startswith("swinops: error: name a command, one of info, explain, bench")
+
+
+def test_the_command_imports_little():
+    code = """
+import sys
+from swinops.cli import main
+try:
+    main(["--help"])
+finally:
+    print([name for name in ("matplotlib", "PIL", "timm", "torchvision", "triton") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("draw", "invalid choice: 'draw'"),
+        ("bench photograph", "invalid choice: 'photograph'"),
+        ("explain", "the following arguments are required: --model/-m"),
+        ("explain -m resnet50 --backend flash", "argument --backend: invalid choice: 'flash'"),
+        ("bench -b 0", "must be a positive integer, got '0'"),
+        ("bench --model resnet50", "--model must be one of timm's Swin models"),
+        (f"bench --img-size 3 --model {SWIN}", "--img-size 3 does not fit"),
+        ("bench --checkpoint /nowhere/model.pth", "--checkpoint /nowhere/model.pth cannot be loaded"),
+        ("bench --torchcompile-mode fastest", "--torchcompile-mode must be one of"),
+        ("bench --torchcompile models", "--torchcompile must be a backend (cudagraphs, inductor"),
+        ("bench models --torchcompile-mode lite", "--torchcompile-mode needs --torchcompile"),
+        ("bench --torchcompile eager --torchcompile-mode lite", "mode lite contradicts --torchcompile eager"),
+        ("bench --results-file rows.xlsx", "--results-file must end in .csv or .json where no --results-format is"),
+        ("bench ops --results-format csv", "--results-format needs --results-file, got 'csv' alone"),
+        ("bench ops --results-file a.csv --results-format json", "must be what the name of the file says, 'csv'"),
+        ("bench ops --op softmax", "argument --op: invalid choice: 'softmax'"),
+        ("bench ops --precision amp", "--precision of ops must be float32, bfloat16, float16 or tf32, got 'amp'"),
+        ("bench ops --precision int8", "argument --precision: invalid choice: 'int8'"),
+        ("bench ops --model swin", "unrecognized arguments: --model swin"),
+        ("bench --model swin ops", "--model is not an argument of swinops bench ops"),
+        ("bench --output results models", "--output is not an argument of swinops bench models"),
+        ("bench models --bench speed", "argument --bench: invalid choice: 'speed'"),
+        ("bench models -m a b --checkpoint c.pth", "--checkpoint goes with one --model, got 2"),
+        ("bench --quick --output /proc/nowhere/results", "--output must be writable, and /proc/nowhere/results/"),
+        ("bench ops --results-file /proc/nowhere/ops.csv", "--results-file must be writable, and /proc/nowhere/"),
+        ("bench ops --results-file /proc --results-format csv", "/proc is not: it is a folder"),
+    ],
+)  # fmt: skip
+@needs_bench
+def test_bad_arguments(arguments, words, capsys):
+    start = time.monotonic()
+    assert words in failure(capsys, *arguments.split())
+    assert time.monotonic() - start < 60  # before anything is measured
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has tf32")
+@needs_bench
+def test_tf32_needs_a_gpu(capsys):
+    assert "--precision on a CPU must be one of float32, bfloat16, float16, amp, got 'tf32'" in failure(
+        capsys, "bench", "--precision", "tf32"
+    )
+
+
+@needs_bench
+def test_what_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "needs timm: pip install timm" in failure(capsys, "explain", "-m", SWIN)
+    assert "the benchmarks need timm: pip install 'swinops[bench]'" in failure(capsys, "bench", "models")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "the benchmarks need matplotlib" in failure(capsys, "bench")
+
+
+@pytest.mark.parametrize("name", [SWIN, f"{SWIN}.ms_in1k"])
+def test_explain_a_swin(name, capsys):
+    pytest.importorskip("timm")
+    assert main(["explain", "--model", name]) == 0
+    text = capsys.readouterr().out
+    blocks = [line.split() for line in text.splitlines() if line.startswith("layers.")]
+    assert len(blocks) == 12 and all(each[1:4] == ["SwinTransformerBlock", "timm", "replace"] for each in blocks)
+    assert "swinops.patch would replace 13 of the" in text
+
+    assert main(["explain", "--model", name, "--backend", "reference", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["backend"]) == (name, "reference")
+    assert [row["path"] for row in found["modules"]] == ["patch_embed", *(each[0] for each in blocks)]
+    assert {(row["action"], row["reason"]) for row in found["modules"]} == {("replace", "")}
+
+
+def test_explain_says_what_the_models_own_table_says(capsys):
+    """The model that explain builds has no memory, and the table is the same."""
+    timm = pytest.importorskip("timm")
+    import swinops
+
+    name = "swin_s3_tiny_224"
+    model = timm.create_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    assert main(["explain", "-m", name]) == 0
+    assert str(swinops.explain(model)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_explain_where_there_is_nothing_to_replace(name, capsys):
+    pytest.importorskip("timm")
+    assert main(["explain", "-m", name]) == 0
+    text = capsys.readouterr().out
+    assert "(no module that swinops knows)" in text and "swinops.patch would replace 0 of the" in text
+    assert main(["explain", "-m", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["modules"] == []
+
+
+def test_explain_an_unknown_name(capsys):
+    pytest.importorskip("timm")
+    text = failure(capsys, "explain", "-m", "swin_tinny_patch4_window7_224")
+    assert "got 'swin_tinny_patch4_window7_224': did you mean swin_tiny_patch4_window7_224" in text
+    assert "timm.list_models() has them all" in failure(capsys, "explain", "-m", "qqqq")
+    assert "Invalid pretrained tag (mars)" in failure(capsys, "explain", "-m", f"{SWIN}.mars")
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+@needs_bench
+def test_bench_ops(form, tmp_path, capsys):
+    """One op alone; what is said before the subcommand counts too."""
+    path = tmp_path / "new" / "rows"
+    arguments = ["bench", "--quick", "ops", "--op", "window_merge", "--precision", "bfloat16", "--json"]
+    assert main([*arguments, "--results-file", str(path), "--results-format", form]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["ops"]
+    assert {(row["op"], row["dtype"], row["status"]) for row in rows} == {("window_merge", "bfloat16", "ok")}
+    assert {"pytorch", "pytorch-compiled", "swinops-reference"} <= {row["impl"] for row in rows}
+    assert {row["compile"] for row in rows} == {"", "eager backend"}
+    assert "window_merge, 1 x 14 x 14 x 32" in err and str(path) in err
+    if form == "json":
+        assert json.loads(path.read_text()) == rows
+    else:
+        with path.open(newline="") as file:
+            assert [row["impl"] for row in csv.DictReader(file)] == [row["impl"] for row in rows]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("compiled", [[], ["--torchcompile"], ["--torchcompile", "aot_eager"]])
+@needs_bench
+def test_bench_models(compiled, tmp_path, monkeypatch, capsys):
+    """Several models, only eager unless --torchcompile; results go to stdout, and to no file that was not asked for."""
+    from swinops.benchmarks import models
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "CUT", models.CUT | {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)})
+    names = [SWIN, "swin_s3_tiny_224"] if not compiled else [SWIN]
+    rest = ["-b", "2", "--img-size", "28", "--bench", "train" if not compiled else "inference"]
+    assert main(["bench", "models", "--quick", "-m", *names, *rest, *compiled, "--results-file", "rows.json"]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.json"]
+    if compiled:
+        impls = [f"{name}{end}" for name in ("timm", "patched", "swinops") for end in ("", "-compiled")]
+        assert [row["impl"] for row in rows] == impls
+        record = "eager backend" if compiled == ["--torchcompile"] else "aot_eager backend"
+        assert {row["compile"] for row in rows} == {"", record}
+        assert {(row["infer_status"], row["infer_batch_size"], row["infer_img_size"]) for row in rows} == {
+            ("ok", 2, 28)
+        }
+        assert {row["train_status"] for row in rows} == {""}
+    else:
+        wanted = [(f"{name}, cut", impl) for name in names for impl in ("timm", "patched", "swinops")][:-1]
+        assert [(row["model"], row["impl"]) for row in rows] == wanted
+        assert {(row["train_status"], row["infer_status"]) for row in rows} == {("ok", "")}
+    captured = capsys.readouterr()
+    assert "images/s" in captured.out and "images/s" not in captured.err and "100%" in captured.err
+
+
+@needs_bench
+def test_interrupted(tmp_path):
+    """One line, status 130, and no file."""
+    words = [sys.executable, "-m", "swinops", "bench", "ops", "--results-file", str(tmp_path / "rows.csv")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    process = subprocess.Popen(
+        words, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("a copy moves"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "swinops: interrupted" and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
