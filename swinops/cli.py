@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import swinops
-from swinops import backends, reference
+from swinops import backends, reference, verify
 from swinops.backends import cuda
 from swinops.benchmarks import command
 
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain_parser.add_argument("--backend", choices=names, default="auto", help="as in patch (auto)")
     explain_parser.add_argument("--json", action="store_true", help="the same as JSON")
     explain_parser.set_defaults(run=lambda arguments: explain(explain_parser, arguments))
+
+    summary = "every op against float64, on every backend and in every dtype that can run here"
+    verify.add_arguments(add_command(commands, "verify", summary, ""))
 
     summary = "a photograph before and after patch, then timings"
     command.add_arguments(add_command(commands, "bench", summary, ""))

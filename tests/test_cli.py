@@ -15,7 +15,7 @@ import torch
 from swinops.cli import main
 
 SWIN = "swin_tiny_patch4_window7_224"
-COMMANDS = ["", "info", "explain", "bench", "bench ops", "bench models"]
+COMMANDS = ["", "info", "explain", "verify", "bench", "bench ops", "bench models"]
 BENCH = all(importlib.util.find_spec(name) for name in ("matplotlib", "PIL", "timm", "tqdm"))
 
 needs_bench = pytest.mark.skipif(not BENCH, reason="swinops[bench] is not installed")
@@ -52,12 +52,13 @@ def example_lines(command, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_right(command, capsys, monkeypatch):
     """They get as far as what they ask for."""
-    from swinops import cli
+    from swinops import cli, verify
     from swinops.benchmarks import command as bench
 
     reached = []
     monkeypatch.setattr(cli, "info", lambda arguments: reached.append(1) or 0)
     monkeypatch.setattr(cli, "explain", lambda *arguments: reached.append(1) or 0)
+    monkeypatch.setattr(verify, "run", lambda *arguments: reached.append(1) or 0)
     monkeypatch.setattr(bench, "run", lambda *arguments: reached.append(1) or 0)
     lines = example_lines(command, capsys)
     for line in lines:
@@ -67,7 +68,7 @@ def test_examples_are_right(command, capsys, monkeypatch):
 
 def test_without_a_command_there_is_a_sentence(capsys):
     text = failure(capsys)
-    assert text.startswith("swinops: error: name a command, one of info, explain, bench")
+    assert text.startswith("swinops: error: name a command, one of info, explain, verify, bench")
 
 
 def test_the_command_imports_little():
