@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swinops.kernels.cyclic_shift import on_device
 from swinops.kernels.tuning import configure_norm
+from swinops.kernels.window_attention import unit_stride
 
 
 @triton.jit
@@ -220,8 +221,7 @@ WORKSPACE = 10 * 2**20  # bytes that the partials of dweight and dbias may take
 
 def matrix(x: Tensor) -> Tensor:
     """[*, C] -> [rows, C] with one stride for the rows and none for the channels: a view, or a copy where none is."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from swinops.kernels.layer_norm import matrix, norm, norm_backward
+from swinops.kernels.window_attention import unit_stride
 
 
 def patch_merging_norm(
@@ -11,8 +12,7 @@ def patch_merging_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, W, C = x.shape
     y = x.new_empty(B, -(-H // 2), -(-W // 2), 4 * C, dtype=dtype)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return y, *norm(x, None, None, None, weight, bias, None, y, eps, (H, W))
+    return y, *norm(unit_stride(x), None, None, None, weight, bias, None, y, eps, (H, W))
 
 
 def patch_merging_norm_backward(
@@ -25,5 +25,5 @@ def patch_merging_norm_backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    norm_backward(None, matrix(dy), x, mean, rstd, None, weight, dx, None, dweight, dbias, size=tuple(x.shape[1:3]))
+    _, H, W, _ = x.shape
+    norm_backward(None, matrix(dy), unit_stride(x), mean, rstd, None, weight, dx, None, dweight, dbias, size=(H, W))
