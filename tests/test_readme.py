@@ -1,10 +1,13 @@
-"""Every python block of the README runs, and every number in its measured tables is in the recorded results."""
+"""Every python block of the README runs, and every number in its tables is a model's or in the recorded results."""
 
 import csv
 import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import swinops
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -40,15 +43,31 @@ def recorded(path: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
-def test_block(block):
-    if "timm" in block:
+def test_block(block, tmp_path, monkeypatch):
+    if "timm.create_model" in block:
         pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    for path in re.findall(r'^path = "(.+)"', block, re.MULTILINE):
+        torch.save({"model": swinops.create_model(Path(path).stem).state_dict()}, path)
     exec(compile(block, str(README), "exec"), {"__name__": "readme"})
 
 
 def test_there_are_blocks_and_numbers():
     assert len(BLOCKS) >= 2
     assert {source.rpartition("/")[2] for source, _ in measured()} == {"ops.csv", "models.csv"}
+
+
+def test_table_of_models():
+    rows = [cells(line) for line in TEXT.splitlines() if line.startswith("| `swin_")]
+    assert sorted(row[0].strip("`") for row in rows) == swinops.list_models()
+    for name, parameters, window, size, drop_path in rows:
+        with torch.device("meta"):
+            model = swinops.create_model(name.strip("`"))
+        attn = model.layers[-1].blocks[-1].attn
+        assert parameters == f"{sum(p.numel() for p in model.parameters()):,}"
+        assert attn.window_size == [int(window)] * 2
+        assert model.layers[-1].blocks[-1].drop_path.rate == pytest.approx(float(drop_path))
+        assert model.grid_size == (int(size) // 4,) * 2
 
 
 @pytest.mark.parametrize("source, row", measured(), ids=lambda value: None)
