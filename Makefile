@@ -1,8 +1,8 @@
-# make test, make bench and make lint set up .venv by themselves.
+# make test, make bench, make train and make lint set up .venv by themselves.
 #
 #   PYTHON=python3.12   the Python that .venv is made of
 #   VENV=/path/to/env   use an environment that has PyTorch already: only swinops goes into it, and nothing is downloaded
-#   ARGS=...            passed on: make test ARGS="-k packaging", make bench ARGS=--full
+#   ARGS=...            passed on: make test ARGS="-k packaging", make bench ARGS=--full, make train ARGS="--epochs 8"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 INSTALLED := $(VENV)/.swinops-installed
 
-.PHONY: test bench lint
+.PHONY: test bench train lint
 .DELETE_ON_ERROR:
 
 test: $(INSTALLED)
@@ -18,6 +18,9 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m swinops bench $(ARGS)
+
+train: $(INSTALLED)
+	$(BIN)/python examples/train.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check
@@ -30,7 +33,7 @@ ifeq ($(VENV),.venv)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch by itself first: asked for together with what depends on it, pip may download several versions of it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[bench,test,dev]
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[bench,train,test,dev]
 else
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 endif
