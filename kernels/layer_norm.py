@@ -44,12 +44,11 @@ def tile_mask(exists, C: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def row_ptrs(ptr, row, strides, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where BLOCK_M rows of a matrix lie; one that is contiguous has no ``strides``. [BLOCK_M, BLOCK_C]"""
-    rows = row + tl.arange(0, BLOCK_M)
+    m, channel = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_C)[None, :]
     if strides is None:
-        rows *= C
+        return ptr + row * C + (m * C + channel)
     else:
-        rows *= strides[0]
-    return ptr + rows[:, None] + tl.arange(0, BLOCK_C)[None, :]
+        return ptr + row * strides[0] + (m.to(tl.int64) * strides[0] + channel)
 
 
 @triton.jit

@@ -114,10 +114,12 @@ class NormConfig(NamedTuple):
 # kernel, oldest architecture, largest BLOCK_C, largest element in bytes,
 # elements of a tile, stages, warps, programs a multiprocessor
 NORM_ROWS = (
-    ("forward", 80, 1024, 2, 4096, 1, 4, 5),
+    ("forward", 80, 256, 2, 4096, 1, 4, 5),
+    ("forward", 80, 1024, 2, 4096, 1, 4, 4),
     ("forward", 80, 1024, 4, 2048, 1, 4, 6),
     ("forward", 80, 8192, 4, 8192, 1, 8, 2),
-    ("backward", 80, 256, 4, 2048, 2, 4, 4),
+    ("backward", 80, 256, 2, 2048, 2, 4, 4),
+    ("backward", 80, 256, 4, 2048, 2, 4, 3),
     ("backward", 80, 4096, 2, 4096, 2, 8, 2),
     ("backward", 80, 4096, 4, 4096, 2, 8, 1),
     ("backward", 80, 8192, 4, 8192, 2, 16, 1),
