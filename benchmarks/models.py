@@ -152,7 +152,7 @@ def create(name: str, img_size: int, checkpoint: str | None = None, **options: A
         filter_fn = timm.models.swin_transformer.checkpoint_filter_fn
         timm.models.load_checkpoint(model, checkpoint, filter_fn=filter_fn, weights_only=True)
     except Exception as error:  # unpickling raises anything
-        raise ValueError(f"--checkpoint {checkpoint} cannot be loaded into {name}: {error}") from error
+        raise ValueError(f"--checkpoint {checkpoint} cannot be loaded into {name}: {reason(error)}") from error
     return model
 
 

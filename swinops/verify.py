@@ -358,7 +358,10 @@ def check_rows(rows: Sequence[Row], device: str, jobs: int) -> Iterator[Row]:
 
 
 def check_row(row: Row, device: str) -> Row:
-    """Check every shape. What a kernel raises is a problem of its row, and not the end."""
+    """Check every shape. What a kernel raises is a problem of its row, and not the end.
+
+    After an illegal access the GPU refuses this process everything: the first such row is the one to look at.
+    """
     shapes, make = OPS[row.op]
     used = -1.0
     # the first are small, and the interpreter takes half a second for a window

@@ -249,6 +249,11 @@ DTYPE = {
         TypeError,
         "dtype must be a floating-point dtype of 16 bits or more, got torch.int64",
     ),
+    "wider dtype": (
+        dict(dtype=torch.float64),
+        TypeError,
+        "dtype must be float32 or narrower where float32 is computed in",
+    ),
     "dtype of 8 bits": (dict(dtype=torch.float8_e5m2), TypeError, "dtype must be a floating-point dtype of 16 bits"),
     "complex dtype": (dict(dtype=torch.complex64), TypeError, "dtype must be a floating-point dtype of 16 bits"),
 }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from swinops import create_model, list_models
 from swinops.benchmarks.models import randomise
 from swinops.checkpoints import load_checkpoint, microsoft
+from swinops.checkpoints.loading import BUFFERS
 from swinops.models.swin import SwinTransformer
 
 from . import microsoft_swin
@@ -111,7 +112,7 @@ def test_published_sizes(name):
         timms = timm.create_model(name)
 
     def shapes(state):
-        return {key: x.shape for key, x in state.items()}
+        return {key: x.shape for key, x in state.items() if not key.endswith(BUFFERS)}
 
     ours = shapes(model.state_dict())
     assert shapes(microsoft.convert(theirs.state_dict())) == ours
@@ -348,6 +349,16 @@ def test_meta_device():
         model = SwinTransformer(**SMALL)
     with pytest.raises(ValueError, match="meta device"):
         load_checkpoint(model, build().state_dict())
+
+
+def test_tensors_without_data():
+    """Found before anything is copied."""
+    model, state = build(), build(seed=1).state_dict()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    state["head.fc.bias"] = state["head.fc.bias"].to("meta")
+    with pytest.raises(ValueError, match=r"without data: head\.fc\.bias"):
+        load_checkpoint(model, state)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 class Runs:

@@ -319,27 +319,26 @@ def test_dtypes(dtype):
 
 
 def test_compiles():
-    """Without a graph break, and sizes that divide by the window share one dynamic graph after the first."""
+    """Without a graph break, and every size shares one graph after the first: padded, shifted, or below the window."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = small(depths=(2, 1))
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for size in ((64, 64), (96, 128), (128, 160)):
+    for size in ((64, 64), (97, 131), (130, 22), (13, 48)):
         x = image(1, 3, *size)
         assert torch.equal(compiled(x), model(x))
     assert counter.frame_count <= 2
 
 
-def test_export_dynamic_batch():
-    model = small()
-    program = torch.export.export(
-        model, (image(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-    )
-    for batch in (1, 3):
-        x = image(batch, 3, 32, 32)
-        assert torch.equal(program.module()(x), model(x))
+def test_export_dynamic_shapes():
+    """One program for every batch and image size."""
+    model, Dim = small(), torch.export.Dim
+    sizes = {0: Dim("batch", min=1), 2: Dim("height", min=24, max=512), 3: Dim("width", min=24, max=512)}
+    program = torch.export.export(model, (image(2, 3, 34, 41),), dynamic_shapes=(sizes,)).module()
+    for shape in ((1, 3, 32, 32), (3, 3, 50, 70), (2, 3, 25, 160)):
+        assert torch.equal(program(image(*shape)), model(image(*shape)))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The layers by themselves, against torch's own and against the ops they call."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import swinops
 from swinops.benchmarks.models import randomise
-from swinops.nn import AddLayerNorm, LayerNorm, PatchEmbed, PatchMerging, WindowAttention
+from swinops.nn import AddLayerNorm, LayerNorm, PatchEmbed, PatchMerging, SwinBlock, WindowAttention
 from swinops.testing import assert_op_accurate, random_tensor
 
 
@@ -79,3 +81,21 @@ def test_patch_merging_order():
     for h, w in ((0, 0), (0, 1), (1, 0), (1, 1)):
         tokens = [padded[0, 2 * h + i, 2 * w + j] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
         torch.testing.assert_close(y[0, h, w], nn.functional.layer_norm(torch.cat(tokens), (8,)))
+
+
+@pytest.mark.parametrize(
+    "window, error, sentence",
+    [
+        ((7,), ValueError, "window_size must be an int or two or three ints, got (7,)"),
+        (7.5, TypeError, "window_size must be an int or one int for each of the 2 spatial axes, got 7.5"),
+        ((4, 0), ValueError, "window_size must be at least 1 on each of the 2 spatial axes, got (4, 0)"),
+    ],
+)
+def test_rejects_bad_windows(window, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        WindowAttention(8, 2, window)
+
+
+def test_rejects_tokens_without_an_image():
+    with pytest.raises(ValueError, match=re.escape("x must be [B, *2 spatial axes, C], got (2, 16, 8)")):
+        SwinBlock(8, 2, 4)(torch.ones(2, 16, 8))

@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swinops.checkpoints import microsoft, timm
+from swinops.checkpoints import microsoft
 from swinops.checkpoints.reading import listed, parameters, read
 from swinops.checkpoints.resizing import resize, why_not_resized
 
 M = TypeVar("M", bound=nn.Module)
 
 logger = logging.getLogger("swinops")
+BUFFERS = ("relative_position_index", "attn_mask")  # Microsoft's files have them, and some of timm's
 
 
 @torch.no_grad()
@@ -35,8 +36,8 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
 
     Raises:
         FileNotFoundError: There is no such file. Nothing is downloaded.
-        ValueError: The file cannot be read, or does not fit the model; every missing, unexpected and wrongly shaped
-            name is in the message. The model is then unchanged.
+        ValueError: The file cannot be read, or does not fit the model; the message has the missing, the unexpected and
+            the wrongly shaped names, of many the first ones and their number. The model is then unchanged.
         ImportError: A .safetensors file, and no package to read it with.
         TypeError: ``model`` is not a module, or ``checkpoint`` neither a path nor a mapping.
     """
@@ -50,8 +51,9 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
         raise TypeError(f"checkpoint must be a path or a state dict, got {type(checkpoint).__name__}")
     own = model.state_dict()
     state, notes = parameters(contents, source)
-    library = microsoft if microsoft.recognises(state) else timm
-    state = library.convert(state)
+    state = {name: x for name, x in state.items() if not name.endswith(BUFFERS)}
+    if microsoft.recognises(state):
+        state = microsoft.convert(state)
     if skip_head:
         state = {name: x for name, x in state.items() if not name.startswith("head.")}
         state |= {name: x for name, x in own.items() if name.startswith("head.")}
@@ -82,6 +84,7 @@ def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]
             f"{name} must be {list(own[name].shape)}, got {list(state[name].shape)}{why_not_resized(name, state[name])}"
             for name in misshapen
         ],
+        "without data": [name for name, (x, _) in shared.items() if x.is_meta],
         "not floating point": [
             f"{name} ({str(x.dtype).removeprefix('torch.')})"
             for name, (x, mine) in shared.items()

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-BUFFERS = ("relative_position_index", "attn_mask")
-
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
     return "head.weight" in state or any(name.startswith("layers.0.downsample.") for name in state)
@@ -14,7 +12,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """To this package's names. Here patch merging begins a stage, there it ends the one before."""
-    return {ours(name): x for name, x in state.items() if not name.endswith(BUFFERS)}
+    return {ours(name): x for name, x in state.items()}
 
 
 def ours(name: str) -> str:

@@ -16,7 +16,8 @@ POSITIONS = "absolute_pos_embed"  # [1, h * w, C]
 def resize(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """``state`` with the tables and embeddings whose sizes differ from the model's resized; and in words, which.
 
-    What was for a square is resized; where the rows are no square, the sizes cannot be told and nothing is done.
+    What was for a square is resized; where the rows are no square, the sizes cannot be told and nothing is done. A
+    window of (13, 1) has as many rows as one of (3, 3), and is taken for that.
     """
     own, resized = model.state_dict(), dict(state)
     counts: Counter[str] = Counter()

@@ -27,7 +27,8 @@ class PatchEmbed(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(f"x must be [B, {self.proj.in_channels}, H, W], got {tuple(x.shape)}")
         bottom, right = (-size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True))
-        if bottom or right:
+        # compiled, a branch on sizes would be a graph more
+        if torch.compiler.is_compiling() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.norm(self.proj(x).permute(0, 2, 3, 1))
         return x

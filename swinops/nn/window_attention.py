@@ -39,10 +39,12 @@ class WindowAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads != 0:
             raise ValueError(f"num_heads must divide dim, {dim}, got {num_heads}")
-        axes = 2 if isinstance(window_size, int) else len(window_size)
+        axes = len(window_size) if isinstance(window_size, (tuple, list)) else 2
         self.num_heads = num_heads
         self.window_size = per_axis(window_size, axes, "window_size")
         self.shift_size = per_axis(shift_size, axes, "shift_size")
+        if axes not in (2, 3):
+            raise ValueError(f"window_size must be an int or two or three ints, got {window_size}")
         check_window(self.window_size, self.shift_size, axes)
         if pad_order not in ("pad_roll", "roll_pad"):
             raise ValueError(f"pad_order must be 'pad_roll' or 'roll_pad', got {pad_order!r}")
@@ -57,7 +59,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, dim] -> [B, H, W, dim], or with a depth before H."""
         space = x.shape[1:-1]
-        shift = [s if n > w else 0 for s, n, w in zip(self.shift_size, space, self.window_size, strict=True)]
+        if len(space) != len(self.window_size):
+            raise ValueError(f"x must be [B, *{len(self.window_size)} spatial axes, C], got {tuple(x.shape)}")
+        # 0 where n <= w, without a branch: one compiled graph serves every size
+        shift = [
+            torch.sym_min(s, s * torch.sym_max(n - w, 0))
+            for s, n, w in zip(self.shift_size, space, self.window_size, strict=True)
+        ]
         bias = torch.ops.swinops.relative_position_bias(
             self.relative_position_bias_table, self.window_size, self.backend
         )

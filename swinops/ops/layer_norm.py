@@ -136,14 +136,15 @@ for schema in (
     torch.library.define(f"swinops::{schema.partition('(')[0]}", schema[schema.index("(") :])
 
 
-def check(x: Tensor, norm: Norm) -> None:
+def check(x: Tensor, norm: Norm, rows: torch.dtype | None = None) -> None:
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must be [*, C] with at least one channel, got {tuple(x.shape)}")
     check_computable("x", x)
-    check_norm(norm, "[C]", x.shape[-1], x)
+    check_norm(norm, "[C]", x.shape[-1], x, rows or x.dtype)
 
 
-def check_norm(norm: Norm, layout: str, channels: int, x: Tensor) -> None:
+def check_norm(norm: Norm, layout: str, channels: int, x: Tensor, rows: torch.dtype) -> None:
+    """``rows``: the dtype of what is normalised."""
     for name, parameter in (("weight", norm.weight), ("bias", norm.bias)):
         if parameter is not None:
             check_vector(name, parameter, layout, channels, x)
@@ -151,10 +152,12 @@ def check_norm(norm: Norm, layout: str, channels: int, x: Tensor) -> None:
         raise ValueError(f"eps must be positive and finite, got {norm.eps}")
     if norm.dtype is not None and not (norm.dtype.is_floating_point and norm.dtype.itemsize >= 2):
         raise TypeError(f"dtype must be a floating-point dtype of 16 bits or more, got {norm.dtype}")
+    if norm.dtype == torch.float64 and rows != torch.float64:
+        raise TypeError(f"dtype must be float32 or narrower where float32 is computed in, of {rows}, got {norm.dtype}")
 
 
 def check_residual(x: Tensor, f: Tensor, sample_scale: Tensor | None, norm: Norm) -> None:
-    check(x, norm)
+    check(x, norm, wider(x, f).dtype)
     check_like("f", f, "x", x)
     if sample_scale is not None:
         if x.dim() < 2:

@@ -59,7 +59,7 @@ def check(x: Tensor, norm: Norm) -> None:
     if x.dim() != 4 or any(size < 1 for size in x.shape[1:]):
         raise ValueError(f"x must be [B, H, W, C] with at least one token and channel, got {tuple(x.shape)}")
     check_computable("x", x)
-    check_norm(norm, "[4C]", 4 * x.shape[-1], x)
+    check_norm(norm, "[4C]", 4 * x.shape[-1], x, x.dtype)
 
 
 def check_gradient(dy: Tensor, x: Tensor) -> None:
