@@ -790,7 +790,7 @@ def failures(case: Call, rows: Sequence[Row]) -> list[Failure]:
             bar("128-bit accesses", row, not narrow, f"bytes an access {narrow}", f"{WIDE} bytes")
             # what the compiler asked for, and what the assembler made of it: split, or left out if no lane needs it
             asked = Counter(width >= WIDE for widths in row.accesses.values() for width in widths)
-            made = {True: 0, False: 0}
+            made: Counter[bool] = Counter()
             for counts in (row.loads, row.stores):
                 for width, n in counts.items():
                     made[width >= WIDE] += n
