@@ -224,6 +224,20 @@ def position_bias_inputs(
     return table, random_tensor((heads, tokens, tokens), 2 * seed + 1, dtype, device)
 
 
+def random_rows(
+    shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Each row has a mean and a spread of its own.
+
+    No spread is small beside the mean: the norm of such a row has the largest error, and that of one row is chance.
+    """
+    values, spread, mean = (
+        random_tensor(size, 10 * seed + n, device=device)
+        for n, size in enumerate((shape, (*shape[:-1], 1), (*shape[:-1], 1)))
+    )
+    return (values * (0.5 + spread.abs()) + mean / 2).to(dtype)
+
+
 def norm_inputs(
     shape: Sequence[int],
     *,
@@ -237,25 +251,17 @@ def norm_inputs(
 ) -> dict[str, Tensor | None]:
     """x [*shape], f of that shape, and weight and bias [C], or [4C] where four tokens are ``merged``.
 
-    Each row of x and f has a mean and a spread of its own. ``f`` is left out where it is False; ``weight`` and ``bias``
-    are then None. Each is a dtype where it is not that of x.
+    ``f`` is left out where it is False; ``weight`` and ``bias`` are then None. Each is a dtype where that is not x's.
     """
     channels = shape[-1] * (4 if merged else 1)
-
-    def rows(seed: int, dtype: torch.dtype) -> Tensor:
-        values, spread, mean = (
-            random_tensor(sizes, 10 * seed + n, device=device)
-            for n, sizes in enumerate((shape, (*shape[:-1], 1), (*shape[:-1], 1)))
-        )
-        return (values * spread.exp() + mean).to(dtype)
 
     def parameter(wanted: bool | torch.dtype, seed: int) -> Tensor | None:
         chosen = dtype if wanted is True else wanted
         return random_tensor((channels,), seed, chosen, device) if chosen else None
 
-    branch = {"f": rows(6 * seed + 1, dtype if f is True else f)} if f else {}
+    branch = {"f": random_rows(shape, 6 * seed + 1, dtype if f is True else f, device)} if f else {}
     return {
-        "x": rows(6 * seed, dtype),
+        "x": random_rows(shape, 6 * seed, dtype, device),
         **branch,
         "weight": parameter(weight, 6 * seed + 2),
         "bias": parameter(bias, 6 * seed + 3),

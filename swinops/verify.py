@@ -33,6 +33,7 @@ from swinops.testing import (
     differentiate,
     partition_inputs,
     position_bias_inputs,
+    random_rows,
     random_tensor,
 )
 
@@ -224,9 +225,9 @@ def norm(shape: Norm, dtype: torch.dtype, device: torch.device, *, name: str) ->
     own = torch.float32 if shape.mixed else dtype
     channels = 4 * size[-1] if name == "patch_merging_norm" else size[-1]
     residual = name in ("add_layer_norm", "layer_norm_add")
-    tensors: dict[str, Tensor | None] = {"x": rows_of(size, 0, own, device)}
+    tensors: dict[str, Tensor | None] = {"x": random_rows(size, 0, own, device)}
     if residual:
-        tensors["f"] = rows_of(size, 1, dtype, device)
+        tensors["f"] = random_rows(size, 1, dtype, device)
     tensors["weight"] = random_tensor((channels,), 20, own, device) if shape.weight else None
     tensors["bias"] = random_tensor((channels,), 21, own, device) if shape.bias else None
     options: dict[str, Any] = {}
@@ -245,18 +246,6 @@ def norm(shape: Norm, dtype: torch.dtype, device: torch.device, *, name: str) ->
         outputs = as_tuple(definition(**tensors))
     dout = tuple(None if x is None else random_tensor(x.shape, 22 + n, x.dtype, device) for n, x in enumerate(outputs))
     return Check(partial(getattr(swinops, name), **options, **to), definition, tensors, dout)
-
-
-def rows_of(shape: Sequence[int], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Each row has a mean and a spread of its own.
-
-    No spread is small beside the mean: the norm of such a row has the largest error, and that of one row is chance.
-    """
-    values, spread, mean = (
-        random_tensor(size, 10 * seed + n, device=device)
-        for n, size in enumerate((shape, (*shape[:-1], 1), (*shape[:-1], 1)))
-    )
-    return (values * (0.5 + spread.abs()) + mean / 2).to(dtype)
 
 
 OPS: dict[str, tuple[Sequence[Any], Callable[..., Check]]] = {
