@@ -110,7 +110,7 @@ def _copy(x: Tensor, windows: Tensor, window: Sequence[int], shift: Sequence[int
     with on_device(x):
         _shift_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(C, block_c))](
             x, windows, three(x.shape[1:-1], 1), C, tokens, image_strides(x, axes), image_strides(windows, axes),
-            three(window, 1), three(shift, 0), merge, block_t, block_c,
+            three(window, 1), three(shift, 0), merge, block_t, block_c, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -90,7 +90,8 @@ def load_channels(ptr, default, C: tl.constexpr, BLOCK_C: tl.constexpr):
         return load(ptr + channel, channel < C)[None, :]
 
 
-@triton.jit
+# images of any size share one compiled kernel
+@triton.jit(do_not_specialize=["lines", "length"])
 def _norm_kernel(
     x_ptr, f_ptr, residual_ptr, sample_scale_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr,
     x_strides, f_strides, residual_strides, size, lines, length, eps,
@@ -136,7 +137,7 @@ def _norm_kernel(
         tl.store(rstd_ptr + row + m, rstd, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "length"])
 def _norm_backward_kernel(
     ds_ptr, dy_ptr, s_ptr, mean_ptr, rstd_ptr, sample_scale_ptr, weight_ptr, dx_ptr, df_ptr, dweight_ptr, dbias_ptr,
     ds_strides, dy_strides, s_strides, dx_strides, size, lines, length,
@@ -307,7 +308,9 @@ def norm_backward(
             lines, length, scaled_norm, lines == 1, padded(size), C, **config.options, enable_fp_fusion=True,
         )  # fmt: skip
         if wanted:
-            _sum_kernel[(triton.cdiv(C, 8), len(wanted))](partials, dweight, dbias, programs, C, 512, 8, num_warps=8)
+            _sum_kernel[(triton.cdiv(C, 8), len(wanted))](
+                partials, dweight, dbias, programs, C, 512, 8, num_warps=8, enable_fp_fusion=True
+            )
 
 
 def layer_norm(

@@ -71,7 +71,7 @@ def relative_position_bias(table: Tensor, window: Sequence[int]) -> Tensor:
     if heads:
         with on_device(table):
             _expand_kernel[(triton.cdiv(tokens * tokens, block), heads)](
-                table, bias, *table.stride(), three(window, 1), block
+                table, bias, *table.stride(), three(window, 1), block, enable_fp_fusion=True
             )
     return bias
 
@@ -84,6 +84,6 @@ def relative_position_bias_backward(dbias: Tensor, window: Sequence[int]) -> Ten
     if heads:
         with on_device(dbias):
             _reduce_kernel[(triton.cdiv(rows, block_r), heads)](
-                dbias, dtable, heads, *dbias.stride(), three(window, 1), block_r, block_i
+                dbias, dtable, heads, *dbias.stride(), three(window, 1), block_r, block_i, enable_fp_fusion=True
             )
     return dtable
