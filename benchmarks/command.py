@@ -112,7 +112,7 @@ def positive(text: str) -> int:
 
 
 def run(parser: argparse.ArgumentParser, parts: tuple[str, ...], arguments: argparse.Namespace) -> int:
-    """Returns 1 where an output was wrong."""
+    """Returns 1 where an output of this package was wrong."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_installed(parser, parts)
     check_arguments(parser, parts, arguments, device)
@@ -150,8 +150,8 @@ def run(parser: argparse.ArgumentParser, parts: tuple[str, ...], arguments: argp
     wrong = {row["impl"] for part in rows.values() for row in part if "wrong" in map(row.get, states)}
     if wrong or not right:
         settings.say(f"wrong results: {', '.join(sorted(wrong)) or 'the photograph'}")
-        return 1
-    return 0
+    own = [impl for impl in wrong if impl.startswith(("swinops", "patched"))]
+    return 1 if own or not right else 0
 
 
 def check_installed(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None:

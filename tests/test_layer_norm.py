@@ -439,7 +439,8 @@ def test_any_arguments(backend, device, data):
     parameter = st.sampled_from([True, False, *DTYPES])
     scales = st.lists(st.sampled_from([0.0, 0.5, 1.25]), min_size=shape[0], max_size=shape[0])
     case = Case(
-        (*shape, data.draw(st.integers(1, 140), "channels")),
+        # the norm of one or two numbers hardly depends on them: its gradient is what rounding leaves
+        (*shape, data.draw(st.integers(4, 140), "channels")),
         f=data.draw(st.sampled_from(DTYPES), "f"),
         weight=data.draw(parameter, "weight"),
         bias=data.draw(parameter, "bias"),

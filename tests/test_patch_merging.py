@@ -260,7 +260,9 @@ def test_beyond_31_bits_in_memory():
 @settings(max_examples=20)
 @given(st.data())
 def test_any_arguments(backend, device, data):
-    sizes = [data.draw(st.integers(1, most), name) for name, most in (("B", 3), ("H", 6), ("W", 6), ("C", 33))]
+    sizes = [data.draw(st.integers(1, most), name) for name, most in (("B", 3), ("H", 6), ("W", 6))]
+    # the norm of one or two numbers hardly depends on them: its gradient is what rounding leaves
+    sizes.append(data.draw(st.integers(4, 33), "C"))
     parameter = st.sampled_from([True, False, *DTYPES])
     case = Case(
         tuple(sizes),
