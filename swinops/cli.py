@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -54,9 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"name a command, one of {', '.join(commands.choices)}; each has --help, with an example")
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("swinops: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # swinops info | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written there at exit
+        return 141
     return status
 
 

@@ -399,6 +399,15 @@ def test_no_such_file(tmp_path):
             load_checkpoint(build(), path)
 
 
+def test_whole_model(tmp_path):
+    path, model = tmp_path / "swin.pth", build()
+    torch.save(model, path)
+    with pytest.raises(
+        ValueError, match=r"more than tensors \(swinops\S+\).*or checkpoint\.state_dict\(\) of a whole model"
+    ):
+        load_checkpoint(build(), path)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("contents", ["empty", "text", "truncated", "pickle"])
 def test_no_checkpoint(contents, suffix, tmp_path):

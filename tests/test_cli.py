@@ -258,3 +258,13 @@ def test_interrupted(tmp_path):
     assert process.returncode == 130
     assert err.splitlines()[-1] == "swinops: interrupted" and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves():
+    """``swinops info --json | head -1`` says no more than its line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "swinops", "info", "--json"]
+    process = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert process.returncode == 141 and process.stderr == ""

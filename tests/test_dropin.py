@@ -589,6 +589,10 @@ class TestArguments:
 
 
 class TestCheck:
+    def test_rejects_what_is_no_tensor(self):
+        with pytest.raises(TypeError, match="x must be a tensor, got str"):
+            swinops.check(build(), "photo.jpg")
+
     def test_reports_rounding(self):
         model = build()
         report = swinops.check(model, image())

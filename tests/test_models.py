@@ -346,7 +346,8 @@ def test_export_dynamic_shapes():
     [
         (dict(num_heads=(1,)), ValueError, "a positive int for each stage, got (2, 2) and (1,)"),
         (dict(depths=(2, 0)), ValueError, "depths and num_heads must hold a positive int for each stage"),
-        (dict(num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
+        (dict(num_classes=-1), ValueError, "num_classes must be an int of at least 0, got -1"),
+        (dict(num_classes="10"), ValueError, "num_classes must be an int of at least 0, got '10'"),
         (dict(num_heads=(3, 5)), ValueError, "num_heads must divide dim, 16, got 3"),
         (dict(window_size=0), ValueError, "window_size must be at least 1 on each of the 2 spatial axes, got (0, 0)"),
         (dict(window_size=(4, 4, 4)), ValueError, "window_size must be an int or one int for each of the 2"),
@@ -364,6 +365,11 @@ def test_export_dynamic_shapes():
 def test_rejects_bad_arguments(options, error, sentence):
     with pytest.raises(error, match=re.escape(sentence)):
         SwinTransformer(**{**SMALL, **options})
+
+
+def test_rejects_a_head_to_skip_without_a_checkpoint():
+    with pytest.raises(ValueError, match="skip_head must be False without a checkpoint, got True"):
+        create_model("swin_tiny_patch4_window7_224", skip_head=True)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)], ids=str)

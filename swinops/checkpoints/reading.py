@@ -24,12 +24,13 @@ def read(path: str) -> Any:
     except Exception as error:  # unpickling raises anything
         held = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if held is None:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            told = isinstance(error, (RuntimeError, OSError, pickle.UnpicklingError))  # others are "KeyError: 101"
+            reason = str(error).partition("\n")[0] if told else "it is empty, or something else"
             raise ValueError(f"{path} is not a checkpoint that torch.load reads: {reason}") from error
         raise ValueError(
             f"{path} holds more than tensors ({held[1]}) and is not loaded, because unpickling that runs code; if you "
-            f'trust it, save its parameters alone: torch.save({{"model": checkpoint["model"]}}, path) with '
-            f"checkpoint = torch.load({path!r}, weights_only=False)"
+            f"trust it, read checkpoint = torch.load({path!r}, weights_only=False) and save its parameters alone: "
+            'torch.save({"model": checkpoint["model"]}, path), or checkpoint.state_dict() of a whole model'
         ) from error
 
 

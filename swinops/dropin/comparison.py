@@ -76,6 +76,8 @@ def check(model: nn.Module, x: Tensor, backend: str = "auto") -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
     x = x.detach().to(dtype)
     rows, ran = [], []

@@ -32,13 +32,15 @@ def create_model(
             ``features_only`` or ``drop_path_rate``: the arguments of the model's class. None means as published.
 
     Raises:
-        ValueError: There is no such model, or the checkpoint does not fit it.
+        ValueError: There is no such model, the checkpoint does not fit it, or ``skip_head`` has no checkpoint.
         TypeError: The model has no such setting.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=3)
         hint = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(MODELS)}"
         raise ValueError(f"name must be one of swinops.list_models(), got {name!r}: {hint}")
+    if skip_head and checkpoint is None:
+        raise ValueError("skip_head must be False without a checkpoint, got True")
     cls, published = MODELS[name]
     model = cls(**published | {key: value for key, value in options.items() if value is not None})
     if checkpoint is not None:

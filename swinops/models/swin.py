@@ -119,8 +119,8 @@ class SwinTransformer(nn.Module):
             raise ValueError(
                 f"depths and num_heads must hold a positive int for each stage, got {depths} and {num_heads}"
             )
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
+            raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {drop_path_rate}")
         window, image = per_axis(window_size, 2, "window_size"), per_axis(img_size, 2, "img_size")
