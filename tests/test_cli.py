@@ -252,10 +252,15 @@ def test_interrupted(tmp_path):
     )
     for line in process.stdout:
         if line.startswith("a copy moves"):
-            process.send_signal(signal.SIGINT)
             break
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    while process.poll() is None:  # Python drops an interrupt that arrives within a finalizer
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            continue
+    # one that arrives within exec() makes Python end itself by the signal, which is 130 to a shell too
+    assert process.returncode in (130, -signal.SIGINT)
     assert err.splitlines()[-1] == "swinops: interrupted" and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
