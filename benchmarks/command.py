@@ -46,9 +46,6 @@ Rows = dict[str, list[dict[str, Any]]]  # of each part that was measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.allow_abbrev = False  # or --torchcompile-m would be one
     parser.set_defaults(op=None, compiled=True, run=partial(run, parser, EVERYTHING))
     add_common(parser)
     add_model(parser, several=False)

@@ -8,8 +8,6 @@ from swinops import reference
 from swinops.benchmarks.harness import BOTH, FORWARD, Case, Settings, implementations
 from swinops.testing import partition_inputs
 
-OPS = 2  # partition and merge
-
 
 def shapes(settings: Settings) -> list[tuple[int, int, int, int, int]]:
     """Batch, side of the image, channels, window, shift."""

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from swinops import backends
 from swinops.testing import accuracy, differentiate
+from swinops.text import aligned, first_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -189,11 +190,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """One line, of an exception that may hold pages."""
+    """A cell of a table."""
     if out_of_memory(error):
         return OUT_OF_MEMORY
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    text = first_line(error)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
@@ -434,9 +434,8 @@ def number(x: float | None) -> float | None:
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Aligned columns; those that are empty throughout are left out."""
     names = [name for name in rows[0] if any(row[name] for row in rows)]
-    lines = [names, *([row[name] for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    lines = aligned([names, *([row[name] for name in names] for row in rows)])
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

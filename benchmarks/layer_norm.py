@@ -15,8 +15,6 @@ import swinops
 from swinops.benchmarks.harness import BASELINE, BOTH, FORWARD, Case, Implementation, Settings, implementations
 from swinops.testing import norm_inputs, random_tensor
 
-OPS = 3
-
 
 def shapes(settings: Settings) -> list[tuple[int, int, int]]:
     """Batch, side of the image, channels."""

@@ -10,8 +10,6 @@ import swinops
 from swinops.benchmarks.harness import BOTH, FORWARD, Case, Settings, implementations
 from swinops.testing import norm_inputs, random_tensor
 
-OPS = 1
-
 
 def shapes(settings: Settings) -> list[tuple[int, int, int]]:
     """Batch, side of the image, channels."""

@@ -8,8 +8,6 @@ from swinops import reference
 from swinops.benchmarks.harness import BOTH, FORWARD, Case, Settings, implementations
 from swinops.testing import position_bias_inputs
 
-OPS = 1
-
 
 def shapes(settings: Settings) -> list[tuple[int, int]]:
     """Window, heads."""

@@ -35,6 +35,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from swinops.text import aligned
+
 NOT_A_TIMING = "Issue time and memory time are lower bounds on time, not timings."
 
 
@@ -861,13 +863,6 @@ def cells(case: Call, row: Row) -> list[str]:
     ]
 
 
-def table(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
 def cases(arguments: argparse.Namespace) -> list[Call]:
     chosen: list[Call] = []
     for arch in arguments.arch:
@@ -950,7 +945,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, labels in LABELS.items():
         lines = [cells(case, row) for case, rows, _ in done if isinstance(case, kind) for row in rows]
         if lines:
-            print(table([("arch", "op", "kernel", *labels, *COLUMNS), *lines]))
+            print("\n".join(aligned([("arch", "op", "kernel", *labels, *COLUMNS), *lines])))
     for arch in arguments.arch:
         device = DEVICES[arch]
         print(

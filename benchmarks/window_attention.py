@@ -19,8 +19,6 @@ from swinops.benchmarks.harness import BOTH, FORWARD, Case, Implementation, Resu
 from swinops.reference.window_attention import shift_mask
 from swinops.testing import attention_inputs
 
-OPS = 1
-
 
 class Shape(NamedTuple):
     batch: int

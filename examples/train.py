@@ -212,6 +212,8 @@ def train(arguments: argparse.Namespace, device: torch.device, rank: int, world:
             part.load_state_dict(saved[name])
         done = saved["step"]
     rows = read_log(folder / "log.csv", done)
+    if len(rows) != done:
+        raise SystemExit(f"{folder}/log.csv must hold the {done} steps of the checkpoint, got {len(rows)}")
     if rank == 0:
         replace(folder / "log.csv", lambda path: write_log(path, rows))
 

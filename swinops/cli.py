@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="command")
 
-    info_parser = add_command(
-        commands, "info", "versions, the GPU, and which backends can run here", "swinops info --json"
-    )
+    summary = "versions, the GPU, and which backends can run here"
+    info_parser = add_command(commands, "info", summary, "example:\n  swinops info --json")
     info_parser.add_argument("--json", action="store_true", help="the same as JSON")
     info_parser.set_defaults(run=info)
 
     summary = "what patch would replace in one of timm's models, and why not the rest"
-    explain_parser = add_command(commands, "explain", summary, "swinops explain --model swin_tiny_patch4_window7_224")
+    example = "example:\n  swinops explain --model swin_tiny_patch4_window7_224"
+    explain_parser = add_command(commands, "explain", summary, example)
     explain_parser.add_argument("--model", "-m", required=True, metavar="NAME", help="as in timm.list_models()")
     names = ("auto", *backends.MODULES)
     explain_parser.add_argument("--backend", choices=names, default="auto", help="as in patch (auto)")
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain_parser.set_defaults(run=lambda arguments: explain(explain_parser, arguments))
 
     summary = "every op against float64, on every backend and in every dtype that can run here"
-    verify.add_arguments(add_command(commands, "verify", summary, ""))
+    verify.add_arguments(add_command(commands, "verify", summary, verify.EXAMPLE))
 
     summary = "a photograph before and after patch, then timings"
-    command.add_arguments(add_command(commands, "bench", summary, ""))
+    command.add_arguments(add_command(commands, "bench", summary, command.EXAMPLES))
 
     arguments = parser.parse_args(argv)
     if "run" not in arguments:
@@ -65,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:\n  {example}",
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        allow_abbrev=False,  # or --torchcompile-m would be one
     )
     return parser
 

@@ -36,7 +36,9 @@ from swinops.testing import (
     random_rows,
     random_tensor,
 )
+from swinops.text import aligned, first_line
 
+EXAMPLE = "example:\n  swinops verify --op window_attention --backend triton --dtype float16 bfloat16"
 INTERPRETED = 5  # shapes of each op in Triton's interpreter
 SHOWN = 3  # problems of each row
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -284,9 +286,6 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Check every op, on every backend and in every dtype that can run here, against float64."
-    parser.epilog = "example:\n  swinops verify --op window_attention --backend triton --dtype float16 bfloat16"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for option, choices in (("op", OPS), ("backend", backends.MODULES), ("dtype", DTYPES)):
         names = list(choices)
         parser.add_argument(
@@ -360,7 +359,7 @@ def check_row(row: Row, device: str) -> Row:
             with settled():
                 results, other = run_twice(make(shape, DTYPES[row.dtype], torch.device(device)), row.backend)
         except Exception as error:
-            row.problems.append(f"{shape}: {sentence(error)}")
+            row.problems.append(f"{shape}: {first_line(error)}")
             continue
         for name, result in results.items():
             if not result.ok:
@@ -422,11 +421,6 @@ def share(result: Accuracy) -> float:
     return error / bound if bound else 0.0
 
 
-def sentence(error: Exception) -> str:
-    """An exception's first line: some go on for pages."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def as_json(row: Row) -> dict[str, Any]:
     """JSON has neither NaN nor infinity: null."""
     numbers = {"error": row.error, "bound": row.bound, "used": share(Accuracy(row.error, row.bound))}
@@ -440,7 +434,7 @@ def report(checked: Sequence[Row], left_out: Sequence[Row], facts: Mapping[str, 
     yield ""
     if checked:
         heading = ("op", "backend", "dtype", "shapes", "error", "bound", "used", "", "worst")
-        yield from table([heading, *map(cells, checked)])
+        yield from aligned([heading, *map(cells, checked)])
         yield ""
     for row in checked:
         for problem in row.problems[:SHOWN]:
@@ -473,12 +467,6 @@ def cells(row: Row) -> tuple[str, ...]:
     shown = f"{used:.0%}" if row.bound else "inf" if used else "exact"
     numbers = (f"{row.error:.2g}", f"{row.bound:.2g}", shown) if row.worst else ("", "", "")
     return row.op, row.backend, row.dtype, str(row.shapes), *numbers, "ok" if row.ok else "WRONG", row.worst
-
-
-def table(lines: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        yield "  ".join(map(str.ljust, line, widths)).rstrip()
 
 
 def times(sizes: Sequence[int]) -> str:

@@ -393,7 +393,7 @@ def test_names_of_ops():
         module = command.chosen_ops(names)[names[0]]
         shared = settings()
         cases = [case.op for case in module.cases(shared)]
-        assert set(cases) == set(names) and len(cases) == module.OPS * len(module.shapes(shared))
+        assert set(cases) == set(names) and len(cases) == len(names) * len(module.shapes(shared))
     assert set(command.BENCHMARKS.values()) == {
         path.stem for path in command.HERE.glob("*.py") if "def cases(settings: Settings)" in path.read_text()
     }

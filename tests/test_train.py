@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -153,6 +154,14 @@ def test_other_settings_do_not_go_on(whole):
     status, output = finish(start(whole, "--lr", "0.1"))
     assert status == 1 and "holds a run with other settings (lr 0.001)" in output
     assert logged(whole) == before
+
+
+def test_a_log_that_lost_steps_does_not_go_on(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy/log.csv").write_bytes(b"".join(logged(whole)[:-1]))
+    status, output = finish(start(tmp_path / "copy"))
+    assert status == 1 and f"must hold the {TOTAL} steps of the checkpoint, got {TOTAL - 1}" in output
+    assert logged(tmp_path / "copy") == logged(whole)[:-1]
 
 
 @pytest.mark.parametrize("option, value", [("--batch-size", "0"), ("--train-images", "9"), ("--warmup-epochs", "2")])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swinops.dropin.patching import patch, swapped_modules, unpatch
+from swinops.text import aligned
 
 Results = dict[str, dict[str, Tensor]]
 
@@ -51,9 +52,8 @@ class Report:
             errors = (f"{error:.1e}" for error in (row.patched, row.original, row.allowed))
             verdict = "ok" if row.ok else "WRONG"
             cells.append((str(row.dtype).removeprefix("torch."), row.quantity, *errors, verdict, row.tensor))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         title = "largest errors against the unpatched model in float64, relative to a tensor's largest value"
-        return "\n".join([title, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells), *self.ran])
+        return "\n".join([title, *aligned(cells), *self.ran])
 
     __repr__ = __str__
 

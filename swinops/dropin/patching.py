@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from swinops.backends import check_name
+from swinops.text import aligned
 
 if TYPE_CHECKING:
     from swinops.dropin.swap import Swapped
@@ -36,9 +37,7 @@ class Table(list[Row]):
 
     def __str__(self) -> str:
         cells = [("path", "class", "library", "action", "reason"), *map(astuple, self)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-        return "\n".join(lines if self else [*lines, "(no module that swinops knows)"])
+        return "\n".join([*aligned(cells), *([] if self else ["(no module that swinops knows)"])])
 
     __repr__ = __str__
 
