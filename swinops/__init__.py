@@ -5,6 +5,7 @@ from swinops.dropin import check, explain, patch, patched, unpatch
 from swinops.models import create_model, list_models
 from swinops.ops import (
     add_layer_norm,
+    continuous_position_bias,
     layer_norm,
     layer_norm_add,
     patch_merging_norm,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "add_layer_norm",
     "check",
+    "continuous_position_bias",
     "create_model",
     "explain",
     "layer_norm",

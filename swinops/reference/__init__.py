@@ -1,5 +1,6 @@
 """The specification: every op in plain PyTorch, forward and explicit backward formula, in any float dtype."""
 
+from swinops.reference.continuous_position_bias import continuous_position_bias, continuous_position_bias_backward
 from swinops.reference.cyclic_shift import window_merge, window_partition
 from swinops.reference.layer_norm import (
     add_layer_norm,
@@ -16,6 +17,8 @@ from swinops.reference.window_attention import window_attention, window_attentio
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
+    "continuous_position_bias",
+    "continuous_position_bias_backward",
     "layer_norm",
     "layer_norm_add",
     "layer_norm_add_backward",
