@@ -6,6 +6,8 @@ from swinops.models import create_model, list_models
 from swinops.ops import (
     add_layer_norm,
     continuous_position_bias,
+    cosine_attention,
+    cosine_attention_qkvpacked,
     layer_norm,
     layer_norm_add,
     patch_merging_norm,
@@ -22,6 +24,8 @@ __all__ = [
     "add_layer_norm",
     "check",
     "continuous_position_bias",
+    "cosine_attention",
+    "cosine_attention_qkvpacked",
     "create_model",
     "explain",
     "layer_norm",

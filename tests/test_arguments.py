@@ -356,7 +356,7 @@ def test_rejects_a_wrong_gradient():
     settings = (None, None, [4, 4], [0, 0], None, "pad_roll", -100.0, "reference")
     out, lse = torch.ops.swinops.window_attention(q, q, q, *settings)
     with pytest.raises(ValueError, match=r"dout must have the shape of q \(1, 6, 5, 2, 8\), got \(1, 6, 5, 2, 7\)"):
-        torch.ops.swinops.window_attention_backward(out[..., 1:], out, lse, False, False, q, q, q, *settings)
+        torch.ops.swinops.window_attention_backward(out[..., 1:], out, lse, [False, False], q, q, q, *settings)
     with pytest.raises(ValueError, match=r"dbias must be \[heads, 16, 16\] for the window \(4, 4\), got \(2, 16\)"):
         torch.ops.swinops.relative_position_bias_backward(torch.ones(2, 16), [4, 4], "reference")
     x, mean = torch.ones(2, 3, 4), torch.ones(2, 3)

@@ -222,7 +222,9 @@ def test_registration_of_backward(op, grads, backend, device):
     inputs = (x,) if op.endswith("packed") else x.unbind(3)
     out, lse = getattr(torch.ops.swinops, op)(*inputs, *settings)
     backward = getattr(torch.ops.swinops, f"{op}_backward")
-    torch.library.opcheck(backward, (torch.ones_like(out), out, lse, *grads, *inputs, *settings), test_utils=checks)
+    torch.library.opcheck(
+        backward, (torch.ones_like(out), out, lse, list(grads), *inputs, *settings), test_utils=checks
+    )
 
 
 @pytest.mark.parametrize("grads", [(True, True), (False, True), (True, False), (False, False)], ids=str)

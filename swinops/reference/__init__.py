@@ -1,6 +1,7 @@
 """The specification: every op in plain PyTorch, forward and explicit backward formula, in any float dtype."""
 
 from swinops.reference.continuous_position_bias import continuous_position_bias, continuous_position_bias_backward
+from swinops.reference.cosine_attention import cosine_attention, cosine_attention_backward
 from swinops.reference.cyclic_shift import window_merge, window_partition
 from swinops.reference.layer_norm import (
     add_layer_norm,
@@ -19,6 +20,8 @@ __all__ = [
     "add_layer_norm_backward",
     "continuous_position_bias",
     "continuous_position_bias_backward",
+    "cosine_attention",
+    "cosine_attention_backward",
     "layer_norm",
     "layer_norm_add",
     "layer_norm_add_backward",

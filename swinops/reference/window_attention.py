@@ -65,19 +65,58 @@ def shift_mask(
     return torch.where(windows[:, :, None] != windows[:, None, :], value, 0.0)
 
 
-def probabilities(
-    q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Probabilities [B * nW, heads, N, N] and log2-sum-exp [B * nW, heads, N, 1] of windows, in fp32 at least."""
-    scores = (q * scale) @ k.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    if mask is not None:
-        scores = (scores.unflatten(0, (-1 if len(scores) else 0, len(mask))) + mask[:, None].to(scores.dtype)).flatten(
-            0, 1
-        )
-    return scores.softmax(-1).to(scores.dtype), scores.logsumexp(-1, keepdim=True) / math.log(2)
+class Windows:
+    """The windows of a call: reading them, from scores to probabilities and back, and writing them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        window: Sequence[int],
+        shift: Sequence[int],
+        pad_order: str,
+        mask_value: float,
+        bias: Tensor | None,
+        pad_kv: Tensor | None,
+    ) -> None:
+        self.space = q.shape[1:-2]
+        self.geometry = window, shift, pad_order
+        self.pads = None, *((None, None) if pad_kv is None else pad_kv)
+        self.bias = bias
+        self.mask = shift_mask(self.space, window, shift, mask_value, q.device) if any(shift) else None
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """[B, *space, heads, head_dim] -> [B * nW, heads, N, head_dim], with pads"""
+        return tuple(to_windows(x, fill, *self.geometry) for x, fill in zip((q, k, v), self.pads, strict=True))
+
+    def read_gradient(self, dout: Tensor) -> Tensor:
+        return to_windows(dout, None, *self.geometry)
+
+    def write(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B * nW, heads, N, head_dim] -> [B, *space, heads, head_dim], and the sum over the pads [heads, head_dim]"""
+        return from_windows(x, self.space, *self.geometry)
+
+    def biased(self, scores: Tensor) -> Tensor:
+        """Scores in fp32 at least, with bias and mask. [B * nW, heads, N, N]"""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if self.bias is not None:
+            scores = scores + self.bias.to(scores.dtype)
+        if self.mask is not None:
+            images = -1 if len(scores) else 0
+            scores = scores.unflatten(0, (images, len(self.mask))) + self.mask[:, None].to(scores.dtype)
+            scores = scores.flatten(0, 1)
+        return scores
+
+    def attend(self, scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Biased scores and values -> out [B, *space, heads, head_dim] and the log2-sum-exp [B, *space, heads]."""
+        p = scores.softmax(-1).to(v.dtype)
+        lse = scores.logsumexp(-1, keepdim=True) / math.log(2)
+        return self.write(p @ v)[0], self.write(lse)[0].squeeze(-1)
+
+    def attend_backward(self, dout: Tensor, scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of biased scores and values: dv = p^T dout,  dp = dout v^T,  ds = p * (dp - sum_j p dp)."""
+        p = scores.softmax(-1)
+        dp = (dout @ v.transpose(-1, -2)).to(p.dtype)
+        return p * (dp - (p * dp).sum(-1, keepdim=True)), p.to(v.dtype).transpose(-1, -2) @ dout
 
 
 def window_attention(
@@ -93,14 +132,9 @@ def window_attention(
     mask_value: float,
 ) -> tuple[Tensor, Tensor]:
     """[B, *space, heads, head_dim] thrice -> out, of that shape, and the scores' log2-sum-exp [B, *space, heads]."""
-    space = q.shape[1:-2]
-    pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
-    qw, kw, vw = (to_windows(x, fill, window, shift, pad_order) for x, fill in ((q, None), (k, pad_k), (v, pad_v)))
-    mask = shift_mask(space, window, shift, mask_value, q.device) if any(shift) else None
-    p, lse = probabilities(qw, kw, bias, mask, scale)
-    out, _ = from_windows(p.to(v.dtype) @ vw, space, window, shift, pad_order)
-    lse, _ = from_windows(lse, space, window, shift, pad_order)
-    return out, lse.squeeze(-1)
+    windows = Windows(q, window, shift, pad_order, mask_value, bias, pad_kv)
+    q, k, v = windows.read(q, k, v)
+    return windows.attend(windows.biased((q * scale) @ k.transpose(-1, -2)), v)
 
 
 def window_attention_backward(
@@ -125,27 +159,25 @@ def window_attention_backward(
 ) -> None:
     """Fill the gradients from the explicit formula, which needs neither ``out`` nor ``lse``: they are for kernels.
 
-    dv = p^T dout,  dp = dout v^T,  ds = p * (dp - sum_j p dp),
-    dq = scale * ds k,  dk = scale * ds^T q,  dbias = ds summed over windows
+    With ds, the gradient of the scores:  dq = scale * ds k,  dk = scale * ds^T q,  dbias = ds summed over windows
     """
-    space = q.shape[1:-2]
-    pad_k, pad_v = (None, None) if pad_kv is None else pad_kv
-    qw, kw, vw, dow = (
-        to_windows(x, fill, window, shift, pad_order) for x, fill in ((q, None), (k, pad_k), (v, pad_v), (dout, None))
-    )
-    mask = shift_mask(space, window, shift, mask_value, q.device) if any(shift) else None
-    p, _ = probabilities(qw, kw, bias, mask, scale)
-    dp = (dow @ vw.transpose(-1, -2)).to(p.dtype)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    windows = Windows(q, window, shift, pad_order, mask_value, bias, pad_kv)
+    q, k, v = windows.read(q, k, v)
+    ds, dvw = windows.attend_backward(windows.read_gradient(dout), windows.biased((q * scale) @ k.transpose(-1, -2)), v)
     if dbias is not None:
         dbias.copy_(ds.sum(0))
     ds = (ds * scale).to(q.dtype)
-    dq.copy_(from_windows(ds @ kw, space, window, shift, pad_order)[0])
-    for d, dpad, windows in (
-        (dk, 0, ds.transpose(-1, -2) @ qw),
-        (dv, 1, p.to(v.dtype).transpose(-1, -2) @ dow),
-    ):
-        image, pads = from_windows(windows, space, window, shift, pad_order)
-        d.copy_(image)
-        if dpad_kv is not None:
-            dpad_kv[dpad] = pads
+    fill_gradients(windows, (ds @ k, ds.transpose(-1, -2) @ q, dvw), (dq, dk, dv), dpad_kv)
+
+
+def fill_gradients(
+    windows: Windows, gradients: Sequence[Tensor], images: Sequence[Tensor], dpad_kv: Tensor | None
+) -> None:
+    """Write those of the windows' q, k and v to the images', and the sums over pads to ``dpad_kv``."""
+    pads = []
+    for gradient, image in zip(gradients, images, strict=True):
+        written, pad = windows.write(gradient)
+        image.copy_(written)
+        pads.append(pad)
+    if dpad_kv is not None:
+        dpad_kv.copy_(torch.stack(pads[1:]))
