@@ -1,5 +1,8 @@
 """Shifted-window attention: gather, attention and scatter in one kernel; shift and padding are in the addresses.
 
+With a ``logit_scale`` the kernels do cosine attention: q and k are divided by their lengths where they are loaded, and
+their gradients taken through that where they are stored. The scale rides in the multiply-add of the bias.
+
 Forward and backward each come in two forms. Up to 64 tokens a window is one tile: a program keeps one head, loads that
 head's bias once and loops over windows. Above, scores are made in tiles: queries against a loop over keys. Exponentials
 are base 2, so ``scale``, bias and mask are multiplied by log2(e) before they are added.
@@ -28,6 +31,8 @@ from swinops.kernels.cyclic_shift import (
 from swinops.kernels.tuning import configure
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+MAX_LOGIT_SCALE: tl.constexpr = tl.constexpr(math.log(100))
+SHORTEST: tl.constexpr = tl.constexpr(1e-12)  # length that a vector is divided by, as in torch's normalize
 
 
 @triton.jit
@@ -53,11 +58,51 @@ def store_tokens(ptr, strides, head, b, index, valid, value, HEAD_DIM: tl.conste
 
 
 @triton.jit
+def load_scale(logit_scale_ptr, head, scale):
+    """``scale``; of cosine attention the head's exp(min(logit_scale, ln 100)), to all of float32's digits."""
+    if logit_scale_ptr is None:
+        return scale
+    else:
+        logit_scale = tl.minimum(tl.load(logit_scale_ptr + head).to(tl.float32), MAX_LOGIT_SCALE)
+        return tl.exp(logit_scale.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def normalise(x, logit_scale_ptr):
+    """For cosine attention vectors over their lengths, and one over these; 0 for those too short for a direction."""
+    if logit_scale_ptr is None:
+        return x, 1.0
+    else:
+        wide = x.to(tl.float32)
+        squares = tl.sum(wide * wide, 1)
+        inverse = tl.rsqrt(tl.maximum(squares, SHORTEST * SHORTEST))
+        return (wide * inverse[:, None]).to(x.dtype), tl.where(squares < SHORTEST * SHORTEST, 0.0, inverse)
+
+
+@triton.jit
+def normalise_backward(dunit, unit, inverse, logit_scale_ptr):
+    """The gradient of vectors from that of their directions, and how much of the latter lay along each and is lost."""
+    if logit_scale_ptr is None:
+        return dunit, 0.0
+    else:
+        along = tl.sum(dunit * unit, 1)
+        return (dunit - along[:, None] * unit) * inverse[:, None], along
+
+
+@triton.jit
+def load_queries(
+    q_ptr, logit_scale_ptr, strides, head, b, index, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Queries, or their directions and one over their lengths: see ``normalise``."""
+    return normalise(load_tokens(q_ptr, strides, head, b, index, valid, HEAD_DIM, BLOCK_D), logit_scale_ptr)
+
+
+@triton.jit
 def load_keys(
-    k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, exists,
+    k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, exists,
     PADDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of some tokens of a window: outside the image those of ``pad_ptr`` [2, heads, HEAD_DIM]."""
+    """Keys, as queries are loaded, and values: outside the image those of ``pad_ptr`` [2, heads, HEAD_DIM]."""
     valid = exists
     if PADDED:
         valid = exists & inside
@@ -70,7 +115,8 @@ def load_keys(
         pad_v = tl.load(pad_ptr + (heads + head) * HEAD_DIM + channel, channel < HEAD_DIM, other=0.0)
         k = tl.where(pad, pad_k.to(k.dtype)[None, :], k)
         v = tl.where(pad, pad_v.to(v.dtype)[None, :], v)
-    return k, v
+    k, inverse = normalise(k, logit_scale_ptr)
+    return k, inverse, v
 
 
 @triton.jit
@@ -116,7 +162,7 @@ def add_mask(scores, query, key, origin, size, mask_value, WINDOW: tl.constexpr,
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, logit_scale_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -128,6 +174,7 @@ def _forward_kernel(
         v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(1).to(tl.int64)
+    scale = load_scale(logit_scale_ptr, head, scale)
     t = tl.arange(0, BLOCK_N)
     local = window_tokens(t, WINDOW)
     bias = load_bias(bias_ptr, head, t, t, N)
@@ -137,10 +184,10 @@ def _forward_kernel(
         valid = t < N
         if PADDED:
             valid = valid & inside
-        q = load_tokens(q_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
-        k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N,
-            PADDED, HEAD_DIM, BLOCK_D,
+        q, _ = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+        k, _, v = load_keys(
+            k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
+            t < N, PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         scores = add_mask(scores, t, t, origin, size, mask_value, WINDOW, SHIFT)
@@ -154,7 +201,7 @@ def _forward_kernel(
 
 @triton.jit
 def _forward_tiled_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, logit_scale_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, out_strides, lse_strides, size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -167,21 +214,22 @@ def _forward_tiled_kernel(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(1).to(tl.int64)
+    scale = load_scale(logit_scale_ptr, head, scale)
     for item in tl.range(tl.program_id(0), windows * TILES, tl.num_programs(0)):
         b, origin = window_origin(item // TILES, size, WINDOW)
         query = item % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
         q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
         q_valid = q_valid & (query < N)
-        q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        q, _ = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, N, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
-            k, v = load_keys(
-                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
-                PADDED, HEAD_DIM, BLOCK_D,
+            k, _, v = load_keys(
+                k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
+                key < N, PADDED, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             bias = load_bias(bias_ptr, head, query, key, N)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -225,8 +273,17 @@ def store_pad_gradient(dpad_ptr, program, heads, head, dpad_k, dpad_v, HEAD_DIM:
 
 
 @triton.jit
+def store_scale_gradient(dlogit_scale_ptr, logit_scale_ptr, program, heads, head, dlogit_scale):
+    """One program's partial, zero where the scale is clamped. [programs, heads]"""
+    clamped = tl.load(logit_scale_ptr + head).to(tl.float32) > MAX_LOGIT_SCALE
+    total = tl.where(clamped, 0.0, tl.sum(dlogit_scale, 0))
+    tl.store(dlogit_scale_ptr + program.to(tl.int64) * heads + head, total)
+
+
+@triton.jit
 def _backward_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr, dpad_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, logit_scale_ptr, bias_ptr, pad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dlogit_scale_ptr, dbias_ptr, dpad_ptr,
     dout_strides, q_strides, k_strides, v_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -239,10 +296,12 @@ def _backward_kernel(
         v_strides = q_strides
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(1).to(tl.int64)
+    scale = load_scale(logit_scale_ptr, head, scale)
     t = tl.arange(0, BLOCK_N)
     local = window_tokens(t, WINDOW)
     bias = load_bias(bias_ptr, head, t, t, N)
     dbias = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    dlogit_scale = tl.zeros((BLOCK_N,), tl.float32)
     dpad_k = tl.zeros((BLOCK_D,), tl.float32)
     dpad_v = tl.zeros((BLOCK_D,), tl.float32)
     for window in tl.range(tl.program_id(0), windows, tl.num_programs(0), disable_licm=True):
@@ -251,10 +310,10 @@ def _backward_kernel(
         valid = t < N
         if PADDED:
             valid = valid & inside
-        q = load_tokens(q_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
-        k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, t < N,
-            PADDED, HEAD_DIM, BLOCK_D,
+        q, q_inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+        k, k_inverse, v = load_keys(
+            k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
+            t < N, PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dout = load_tokens(dout_ptr, dout_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
         lse = load_lse(lse_ptr, lse_strides, head, b, index, valid)
@@ -269,8 +328,11 @@ def _backward_kernel(
             dbias += ds
         ds = ds.to(q.dtype)
         dq = tl.dot(ds, k, input_precision=PRECISION) * scale
+        dq, along = normalise_backward(dq, q, q_inverse, logit_scale_ptr)
+        dlogit_scale += along
         store_tokens(dq_ptr, grad_strides, head, b, index, valid, dq, HEAD_DIM, BLOCK_D)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
+        dk, _ = normalise_backward(dk, k, k_inverse, logit_scale_ptr)
         store_tokens(dk_ptr, grad_strides, head, b, index, valid, dk, HEAD_DIM, BLOCK_D)
         if dpad_ptr is not None:
             pad = ((t < N) & (inside == 0))[:, None]
@@ -279,13 +341,16 @@ def _backward_kernel(
     if dbias_ptr is not None:
         ptrs = dbias_ptr + (tl.program_id(0).to(tl.int64) * heads + head) * (N * N) + t[:, None] * N + t[None, :]
         tl.store(ptrs, dbias, (t < N)[:, None] & (t < N)[None, :])
+    if dlogit_scale_ptr is not None:
+        store_scale_gradient(dlogit_scale_ptr, logit_scale_ptr, tl.program_id(0), heads, head, dlogit_scale)
     if dpad_ptr is not None:
         store_pad_gradient(dpad_ptr, tl.program_id(0), heads, head, dpad_k, dpad_v, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _dq_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, norm_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, logit_scale_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, norm_ptr,
+    dlogit_scale_ptr,
     dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -303,12 +368,14 @@ def _dq_kernel(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(1).to(tl.int64)
+    scale = load_scale(logit_scale_ptr, head, scale)
+    dlogit_scale = tl.zeros((BLOCK_M,), tl.float32)
     for item in tl.range(tl.program_id(0), windows * TILES, tl.num_programs(0)):
         b, origin = window_origin(item // TILES, size, WINDOW)
         query = item % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
         q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
         q_valid = q_valid & (query < N)
-        q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        q, q_inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
         if q_ptr.dtype.element_ty == tl.float32:
@@ -317,9 +384,9 @@ def _dq_kernel(
             for start in range(0, N, BLOCK_N):
                 key = start + tl.arange(0, BLOCK_N)
                 index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
-                k, v = load_keys(
-                    k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
-                    PADDED, HEAD_DIM, BLOCK_D,
+                k, _, v = load_keys(
+                    k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
+                    key < N, PADDED, HEAD_DIM, BLOCK_D,
                 )  # fmt: skip
                 bias = load_bias(bias_ptr, head, query, key, N)
                 p = probabilities(
@@ -338,9 +405,9 @@ def _dq_kernel(
         for start in range(0, N, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
-            k, v = load_keys(
-                k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
-                PADDED, HEAD_DIM, BLOCK_D,
+            k, _, v = load_keys(
+                k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
+                key < N, PADDED, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             bias = load_bias(bias_ptr, head, query, key, N)
             p = probabilities(q, k, lse, bias, query, key, origin, size, scale, mask_value, WINDOW, SHIFT, PRECISION)
@@ -348,12 +415,17 @@ def _dq_kernel(
                 p *= norm[:, None]
             ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-        store_tokens(dq_ptr, grad_strides, head, b, q_index, q_valid, dq * scale, HEAD_DIM, BLOCK_D)
+        dq, along = normalise_backward(dq * scale, q, q_inverse, logit_scale_ptr)
+        store_tokens(dq_ptr, grad_strides, head, b, q_index, q_valid, dq, HEAD_DIM, BLOCK_D)
+        dlogit_scale += along
+    if dlogit_scale_ptr is not None:
+        store_scale_gradient(dlogit_scale_ptr, logit_scale_ptr, tl.program_id(0), heads, head, dlogit_scale)
 
 
 @triton.jit
 def _dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr, dpad_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, logit_scale_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, norm_ptr,
+    dk_ptr, dv_ptr, dpad_ptr,
     dout_strides, q_strides, k_strides, v_strides, lse_strides, grad_strides,
     size, windows, heads, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -367,15 +439,16 @@ def _dkdv_kernel(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     head = tl.program_id(1).to(tl.int64)
+    scale = load_scale(logit_scale_ptr, head, scale)
     dpad_k = tl.zeros((BLOCK_D,), tl.float32)
     dpad_v = tl.zeros((BLOCK_D,), tl.float32)
     for item in tl.range(tl.program_id(0), windows * TILES, tl.num_programs(0)):
         b, origin = window_origin(item // TILES, size, WINDOW)
         key = item % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
-        k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
-            PADDED, HEAD_DIM, BLOCK_D,
+        k, k_inverse, v = load_keys(
+            k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
+            key < N, PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -383,7 +456,7 @@ def _dkdv_kernel(
             query = start + tl.arange(0, BLOCK_M)
             q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
             q_valid = q_valid & (query < N)
-            q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+            q, _ = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
             dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
             lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
             delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
@@ -394,7 +467,7 @@ def _dkdv_kernel(
             dv += tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
             ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
-        dk *= scale
+        dk, _ = normalise_backward(dk * scale, k, k_inverse, logit_scale_ptr)
         valid = (key < N) & inside
         store_tokens(dk_ptr, grad_strides, head, b, index, valid, dk, HEAD_DIM, BLOCK_D)
         store_tokens(dv_ptr, grad_strides, head, b, index, valid, dv, HEAD_DIM, BLOCK_D)
@@ -408,7 +481,7 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dbias_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, norm_ptr, dbias_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, logit_scale_ptr, bias_ptr, pad_ptr, lse_ptr, delta_ptr, norm_ptr, dbias_ptr,
     dout_strides, q_strides, k_strides, v_strides, lse_strides,
     size, windows, heads, chunks, scale, mask_value,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_PAD: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -423,6 +496,7 @@ def _dbias_kernel(
     M_TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     head = tl.program_id(1).to(tl.int64)
+    scale = load_scale(logit_scale_ptr, head, scale)
     tile = tl.program_id(0) % (M_TILES * N_TILES)
     chunk = tl.program_id(0) // (M_TILES * N_TILES)
     query = tile // N_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -436,11 +510,11 @@ def _dbias_kernel(
         q_index, q_valid = image_index(origin, q_local, size, WINDOW, SHIFT, ROLL_PAD)
         q_valid = q_valid & (query < N)
         index, inside = image_index(origin, local, size, WINDOW, SHIFT, ROLL_PAD)
-        q = load_tokens(q_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        q, _ = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
-        k, v = load_keys(
-            k_ptr, v_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside, key < N,
-            PADDED, HEAD_DIM, BLOCK_D,
+        k, _, v = load_keys(
+            k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
+            key < N, PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
         delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
@@ -456,7 +530,13 @@ class Call:
     """What every kernel of a call is launched with: geometry, and strides for three spatial axes."""
 
     def __init__(
-        self, q: Tensor, window: Sequence[int], shift: Sequence[int], scale: float, pad_order: str, mask_value: float
+        self,
+        q: Tensor,
+        window: Sequence[int],
+        shift: Sequence[int],
+        scale: float | None,
+        pad_order: str,
+        mask_value: float,
     ) -> None:
         space = q.shape[1:-2]
         self.axes = len(space)
@@ -532,22 +612,7 @@ def window_attention(
     pad_order: str,
     mask_value: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    bias, pad_kv = (None if x is None else x.contiguous() for x in (bias, pad_kv))
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    call = Call(q, window, shift, scale, pad_order, mask_value)
-    if not call.windows:
-        return out, lse
-    config = configure("forward", q, call.tokens)
-    tiles = 1 if config.whole else -(-call.tokens // config.BLOCK_M)
-    kernel = _forward_kernel if config.whole else _forward_tiled_kernel
-    with on_device(q):
-        kernel[(config.programs(q, call.windows * tiles, call.heads), call.heads)](
-            q, k, v, bias, pad_kv, out, lse,
-            *call.qkv_strides(q, k, v), call.strides(out), call.strides(lse), *call.sizes, *call.scalars,
-            **call.constants, **config.options,
-        )  # fmt: skip
-    return out, lse
+    return attend(q, k, v, None, bias, pad_kv, Call(q, window, shift, scale, pad_order, mask_value))
 
 
 def window_attention_backward(
@@ -570,33 +635,83 @@ def window_attention_backward(
     pad_order: str,
     mask_value: float,
 ) -> None:
+    call = Call(q, window, shift, scale, pad_order, mask_value)
+    attend_backward(dout, q, k, v, None, bias, pad_kv, out, lse, dq, dk, dv, None, dbias, dpad_kv, call)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor | None,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    call: Call,
+) -> tuple[Tensor, Tensor]:
+    """Allocate and launch the forward pass: of cosine attention where there is a ``logit_scale``."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    logit_scale, bias, pad_kv = (None if x is None else x.contiguous() for x in (logit_scale, bias, pad_kv))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if not call.windows:
+        return out, lse
+    config = configure("forward", q, call.tokens)
+    tiles = 1 if config.whole else -(-call.tokens // config.BLOCK_M)
+    kernel = _forward_kernel if config.whole else _forward_tiled_kernel
+    with on_device(q):
+        kernel[(config.programs(q, call.windows * tiles, call.heads), call.heads)](
+            q, k, v, logit_scale, bias, pad_kv, out, lse,
+            *call.qkv_strides(q, k, v), call.strides(out), call.strides(lse), *call.sizes, *call.scalars,
+            **call.constants, **config.options,
+        )  # fmt: skip
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor | None,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dlogit_scale: Tensor | None,
+    dbias: Tensor | None,
+    dpad_kv: Tensor | None,
+    call: Call,
+) -> None:
+    """Launch the backward pass, which fills the gradients."""
     dout, q, k, v = unit_stride(dout), unit_stride(q), unit_stride(k), unit_stride(v)
     lse = lse.contiguous()
-    bias, pad_kv = (None if x is None else x.contiguous() for x in (bias, pad_kv))
-    call = Call(q, window, shift, scale, pad_order, mask_value)
+    logit_scale, bias, pad_kv = (None if x is None else x.contiguous() for x in (logit_scale, bias, pad_kv))
     if not call.windows:
-        for gradient in (dbias, dpad_kv):
+        for gradient in (dlogit_scale, dbias, dpad_kv):
             if gradient is not None:
                 gradient.zero_()
         return
-    dbias_sum, dpad_sum = Partials(dbias), Partials(dpad_kv if call.constants["PADDED"] else None)
-    if dpad_kv is not None and dpad_sum.total is None:
+    if dpad_kv is not None and not call.constants["PADDED"]:
         dpad_kv.zero_()
-    inputs = q, k, v, bias, pad_kv
+        dpad_kv = None
+    sums = Partials(dlogit_scale), Partials(dbias), Partials(dpad_kv)
+    inputs = q, k, v, logit_scale, bias, pad_kv
     strides = *call.qkv_strides(q, k, v), call.strides(lse)
     with on_device(q):
         config = configure("backward", q, call.tokens)
         if config is not None:
             programs = config.programs(q, call.windows, call.heads)
             _backward_kernel[(programs, call.heads)](
-                dout, *inputs, lse, dq, dk, dv, dbias_sum.allocate(programs), dpad_sum.allocate(programs),
+                dout, *inputs, lse, dq, dk, dv, *[x.allocate(programs) for x in sums],
                 call.strides(dout), *strides, call.strides(dq), *call.sizes, *call.scalars,
                 **call.constants, **config.options,
             )  # fmt: skip
         else:
-            backward_tiled(call, dout, inputs, strides, out, lse, dq, dk, dv, dbias_sum, dpad_sum)
-    dbias_sum.reduce()
-    dpad_sum.reduce()
+            backward_tiled(call, dout, inputs, strides, out, lse, dq, dk, dv, *sums)
+    for x in sums:
+        x.reduce()
 
 
 def backward_tiled(
@@ -609,16 +724,18 @@ def backward_tiled(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    dbias_sum: "Partials",
-    dpad_sum: "Partials",
+    dlogit_scale_sum: Partials,
+    dbias_sum: Partials,
+    dpad_sum: Partials,
 ) -> None:
     delta = torch.empty_like(lse)
     norm = torch.empty_like(lse) if dq.dtype == torch.float32 else None
 
     config = configure("dq", dq, call.tokens)
     items = call.windows * -(-call.tokens // config.BLOCK_M)
-    _dq_kernel[(config.programs(dq, items, call.heads), call.heads)](
-        dout, *inputs, out, lse, dq, delta, norm,
+    programs = config.programs(dq, items, call.heads)
+    _dq_kernel[(programs, call.heads)](
+        dout, *inputs, out, lse, dq, delta, norm, dlogit_scale_sum.allocate(programs),
         call.strides(dout), *strides[:-1], call.strides(out), strides[-1], call.strides(dq),
         *call.sizes, *call.scalars, **call.constants, **config.options,
     )  # fmt: skip
