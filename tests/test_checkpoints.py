@@ -13,18 +13,58 @@ import torch.nn.functional as F
 
 from swinops import create_model, list_models
 from swinops.benchmarks.models import randomise
-from swinops.checkpoints import load_checkpoint, microsoft
+from swinops.checkpoints import load_checkpoint, microsoft, torchvision, transformers
 from swinops.checkpoints.loading import BUFFERS
 from swinops.models.swin import SwinTransformer
+from swinops.models.swinv2 import SwinTransformerV2
 
 from . import microsoft_swin
 
 SMALL = dict(img_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5)
 TABLE = "layers.0.blocks.1.attn.relative_position_bias_table"
+OURS = {1: SwinTransformer, 2: SwinTransformerV2}
+MICROSOFT = {1: microsoft_swin.SwinTransformer, 2: microsoft_swin.SwinTransformerV2}
 
 
 def build(cls=SwinTransformer, seed=0, **options):
     return randomise(cls(**{**SMALL, **options}), seed)
+
+
+def timm_class(version):
+    name = "swin_transformer" if version == 1 else "swin_transformer_v2"
+    module = pytest.importorskip(f"timm.models.{name}")
+    return module.SwinTransformer if version == 1 else module.SwinTransformerV2
+
+
+def torchvision_model(version, **options):
+    """torchvision's class of the size ``SMALL``, random, or with other options as it takes them."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    small = {key: value for key, value in SMALL.items() if key != "img_size"}
+    if version == 2:
+        options = dict(options, block=swin.SwinTransformerBlockV2, downsample_layer=swin.PatchMergingV2)
+    return randomise(swin.SwinTransformer(patch_size=[4, 4], **{**small, "window_size": [4, 4], **options}))
+
+
+def transformers_model(version, kind="ForImageClassification"):
+    """Transformers' class of the size ``SMALL``, random."""
+    library, name = pytest.importorskip("transformers"), "Swin" if version == 1 else "Swinv2"
+    small = {"num_labels" if key == "num_classes" else key: value for key, value in SMALL.items()}
+    config = getattr(library, f"{name}Config")(image_size=small.pop("img_size"), **small)
+    return randomise(getattr(library, f"{name}{kind}")(config))
+
+
+def model_of(library, version):
+    """A library's model of the size ``SMALL``, random."""
+    if library == "torchvision":
+        return torchvision_model(version)
+    if library == "transformers":
+        return transformers_model(version)
+    return build(timm_class(version) if library == "timm" else MICROSOFT[version])
+
+
+def parameters(modules):
+    """Those of each module, with a dot and its key before their names."""
+    return {f"{key}.{name}": x.data for key, module in modules.items() for name, x in module.named_parameters()}
 
 
 def copy(model):
@@ -49,7 +89,67 @@ def from_microsoft(state):
         "head.bias": "head.fc.bias",
     }
     assert renamed.keys() < state.keys()
-    return {renamed.get(name, name): x for name, x in state.items() if x.is_floating_point() and "mask" not in name}
+    buffers = "relative_position_index", "relative_coords_table", "attn_mask"
+    return {renamed.get(name, name): x for name, x in state.items() if not name.endswith(buffers)}
+
+
+def from_torchvision(model):
+    """By hand for ``SMALL``, to this package's names."""
+    patches, first, merging, second = model.features
+    modules = {"patch_embed.proj": patches[0], "patch_embed.norm": patches[2], "layers.1.downsample": merging}
+    for stage, blocks in enumerate((first, second)):
+        for n, block in enumerate(blocks):
+            parts = {"norm1": block.norm1, "attn": block.attn, "norm2": block.norm2}
+            parts |= {"mlp.fc1": block.mlp[0], "mlp.fc2": block.mlp[3]}
+            modules |= {f"layers.{stage}.blocks.{n}.{part}": module for part, module in parts.items()}
+    state = parameters({**modules, "norm": model.norm, "head.fc": model.head})
+    for name in [name for name in state if name.endswith(".logit_scale")]:
+        attn = name.removesuffix("logit_scale")
+        bias = state.pop(f"{attn}qkv.bias")
+        C = len(bias) // 3
+        state |= {f"{attn}q_bias": bias[:C], f"{attn}v_bias": bias[2 * C :]}
+    return state
+
+
+def from_transformers(model):
+    """By hand for ``SMALL``, to this package's names. In memory, Swin has other names than in its files."""
+    swin = model.base_model
+    modules = {
+        "patch_embed.proj": swin.embeddings.patch_embeddings.projection,
+        "patch_embed.norm": swin.embeddings.norm,
+    }
+    state = {}
+    for stage, layer in enumerate(swin.encoder.layers):
+        if layer.downsample is not None:
+            modules[f"layers.{stage + 1}.downsample"] = layer.downsample
+        for n, block in enumerate(layer.blocks):
+            at = f"layers.{stage}.blocks.{n}"
+            modules |= {f"{at}.norm1": block.layernorm_before, f"{at}.norm2": block.layernorm_after}
+            if model.config.model_type == "swin":
+                attn, table = block.attention, block.attention.relative_position_bias.relative_position_bias_table
+                q, k, v, proj = attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
+                fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+                state[f"{at}.attn.relative_position_bias_table"] = table.data
+                state[f"{at}.attn.qkv.bias"] = torch.cat([q.bias, k.bias, v.bias]).data
+            else:
+                attn, proj = block.attention.self, block.attention.output.dense
+                q, k, v = attn.query, attn.key, attn.value
+                fc1, fc2 = block.intermediate.dense, block.output.dense
+                assert k.bias is None
+                state |= {f"{at}.attn.q_bias": q.bias.data, f"{at}.attn.v_bias": v.bias.data}
+                state[f"{at}.attn.logit_scale"] = attn.logit_scale.data
+                modules[f"{at}.attn.cpb_mlp"] = attn.continuous_position_bias_mlp
+            state[f"{at}.attn.qkv.weight"] = torch.cat([q.weight, k.weight, v.weight]).data
+            modules |= {f"{at}.attn.proj": proj, f"{at}.mlp.fc1": fc1, f"{at}.mlp.fc2": fc2}
+    modules |= {"norm": swin.layernorm} | ({"head.fc": model.classifier} if hasattr(model, "classifier") else {})
+    return state | parameters(modules)
+
+
+def assert_loaded(model, expected):
+    """Each of the model's tensors is the expected one, and none is left over."""
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert_same(state, {name: expected[name] for name in state})
 
 
 def save(state, path):
@@ -73,50 +173,137 @@ def log(caplog):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("positions", [False, True])
-def test_microsoft_file(suffix, positions, tmp_path, log):
-    theirs = build(microsoft_swin.SwinTransformer, ape=positions).state_dict()
+@pytest.mark.parametrize("version", [1, 2])
+def test_microsoft_file(version, suffix, positions, tmp_path, log):
+    theirs = build(MICROSOFT[version], ape=positions).state_dict()
     path = save({"model": theirs} if suffix == ".pth" else theirs, tmp_path / f"swin{suffix}")
-    model = build(seed=1, absolute_pos_embed=positions)
+    model = build(OURS[version], seed=1, absolute_pos_embed=positions)
     assert load_checkpoint(model, path) is model
     expected = from_microsoft(theirs)
     assert ("absolute_pos_embed" in expected) == positions
-    assert_same(model.state_dict(), {name: expected[name] for name in model.state_dict()})
-    assert model.state_dict().keys() == expected.keys()
+    assert_loaded(model, expected)
     assert not log()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_timm_file(suffix, tmp_path, log):
-    swin = pytest.importorskip("timm.models.swin_transformer")
-    theirs = build(swin.SwinTransformer).state_dict()
-    model = load_checkpoint(build(seed=1), str(save(theirs, tmp_path / f"swin{suffix}")))
-    assert_same(model.state_dict(), {name: theirs[name] for name in model.state_dict()})
-    assert model.state_dict().keys() == theirs.keys()
+@pytest.mark.parametrize("version", [1, 2])
+def test_timm_file(version, suffix, tmp_path, log):
+    theirs = build(timm_class(version)).state_dict()
+    model = build(OURS[version], seed=1)
+    load_checkpoint(model, str(save(theirs, tmp_path / f"swin{suffix}")))
+    assert_loaded(model, theirs)
     assert not log()
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_torchvision_file(version, suffix, tmp_path, log):
+    theirs = torchvision_model(version)
+    path = save(theirs.state_dict(), tmp_path / f"swin{suffix}")
+    assert_loaded(load_checkpoint(build(OURS[version], seed=1), path), from_torchvision(theirs))
+    assert not log()
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_file(version, place, tmp_path, log):
+    theirs, checkpoint = transformers_model(version), tmp_path / "model.safetensors"
+    if place == "memory":
+        checkpoint = theirs.state_dict()
+    else:
+        theirs.save_pretrained(tmp_path)
+    assert_loaded(load_checkpoint(build(OURS[version], seed=1), checkpoint), from_transformers(theirs))
+    assert not log()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_without_classifier(version, log):
+    theirs = transformers_model(version, "Model")
+    expected = from_transformers(theirs)
+    assert not any(name.startswith("head") for name in expected)
+    assert_loaded(load_checkpoint(build(OURS[version], seed=1, num_classes=0), theirs.state_dict()), expected)
+    model = build(OURS[version], seed=1)
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"missing: head\.fc\.weight, head\.fc\.bias; skip_head"),
+    ):
+        load_checkpoint(model, theirs.state_dict())
+    head = {name: x for name, x in copy(model).items() if name.startswith("head.")}
+    assert_loaded(load_checkpoint(model, theirs.state_dict(), skip_head=True), expected | head)
+    assert not log()
+
+
+@pytest.mark.parametrize("key", [None, torch.ones(16, 8), torch.ones(16, 16, device="meta")])
+def test_transformers_parts_of_a_projection(key):
+    """A query and a value are of no use without their key, or with another's."""
+    model, state = build(SwinTransformerV2), transformers_model(2).state_dict()
+    name = "swinv2.encoder.layers.0.blocks.1.attention.self.key.weight"
+    del state[name]
+    if key is not None:
+        state[name] = key
+    with unchanged(model), pytest.raises(ValueError) as error:
+        load_checkpoint(model, state)
+    missing, unexpected = str(error.value).split("; unexpected: ")
+    assert missing.endswith("missing: layers.0.blocks.1.attn.qkv.weight")
+    found = {f"layers.0.blocks.1.attn.{part}.weight" for part in "qkv" if part != "k" or key is not None}
+    assert set(unexpected.split(", ")) == found
+
+
+@pytest.mark.parametrize("library", ["microsoft", "timm", "torchvision", "transformers"])
+def test_buffers_are_left_out(library, log):
+    """Published files hold them, and most libraries have ceased to save them."""
+    theirs = model_of(library, 2)
+    state, buffers = theirs.state_dict(), dict(theirs.named_buffers())
+    assert sum(name.endswith("relative_coords_table") for name in buffers) == 4
+    assert sum(name.endswith("relative_position_index") for name in buffers) == 4
+    expected = load_checkpoint(build(SwinTransformerV2, seed=1), state).state_dict()
+    published = state | {
+        name: x for name, x in buffers.items() if not name.endswith("k_bias")
+    }  # timm's never was saved
+    assert_loaded(load_checkpoint(build(SwinTransformerV2, seed=2), published), expected)
+    assert not log()
+
+
+TORCHVISION = {
+    "swin_tiny_patch4_window7_224": "swin_t",
+    "swin_small_patch4_window7_224": "swin_s",
+    "swin_base_patch4_window7_224": "swin_b",
+    "swinv2_tiny_window8_256": "swin_v2_t",
+    "swinv2_small_window8_256": "swin_v2_s",
+    "swinv2_base_window8_256": "swin_v2_b",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if not re.search("huge|giant", name)])
 def test_published_sizes(name):
-    """The names and shapes of each published model, as Microsoft and as timm have them, are all of ours."""
-    timm = pytest.importorskip("timm")
+    """The names and shapes of each published model, as all four libraries have them, are all of ours."""
+    timm, library = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    version, size = 2 if name.startswith("swinv2") else 1, int(re.search(r"\d+$", name)[0])
     with torch.device("meta"):
         model = create_model(name)
-        stage = {key: getattr(model.layers[0].blocks[0].attn, key) for key in ("num_heads", "window_size")}
-        theirs = microsoft_swin.SwinTransformer(
-            img_size=384 if name.endswith("384") else 224,
+        ours = {key: x.shape for key, x in model.state_dict().items()}
+        attention = [layer.blocks[0].attn for layer in model.layers]
+        options = dict(
             embed_dim=model.patch_embed.proj.out_channels,
             depths=[len(layer.blocks) for layer in model.layers],
-            num_heads=[stage["num_heads"] * 2**i for i in range(4)],
-            window_size=stage["window_size"][0],
+            num_heads=[attn.num_heads for attn in attention],
+            window_size=attention[0].window_size[0],
         )
-        timms = timm.create_model(name)
+        theirs = MICROSOFT[version](img_size=size, **options)
+        assert shapes(microsoft.convert(theirs.state_dict())) == ours
+        config = library.Swinv2Config if version == 2 else library.SwinConfig
+        kind = library.Swinv2ForImageClassification if version == 2 else library.SwinForImageClassification
+        theirs = kind(config(image_size=size, num_labels=1000, **options))
+        assert shapes(transformers.convert(theirs.state_dict())) == ours
+        if timm.is_model(name):
+            assert shapes(timm.create_model(name, num_classes=1000).state_dict()) == ours
+        if name in TORCHVISION:
+            theirs = getattr(pytest.importorskip("torchvision").models, TORCHVISION[name])()
+            assert shapes(torchvision.convert(theirs.state_dict())) == ours
 
-    def shapes(state):
-        return {key: x.shape for key, x in state.items() if not key.endswith(BUFFERS)}
 
-    ours = shapes(model.state_dict())
-    assert shapes(microsoft.convert(theirs.state_dict())) == ours
-    assert shapes(timms.state_dict()) == ours
+def shapes(state):
+    return {key: x.shape for key, x in state.items() if not key.endswith(BUFFERS)}
 
 
 def test_own_file(tmp_path, log):
@@ -257,6 +444,28 @@ def test_features_only(log):
     assert log() == [
         "the checkpoint: left out norm.*, which the model does not have; left out head.*, which the model does not have"
     ]
+
+
+def test_another_window_of_v2(log):
+    """Its bias is computed for any window, so that nothing is resized."""
+    theirs = build(microsoft_swin.SwinTransformerV2).state_dict()
+    model = build(SwinTransformerV2, seed=1, window_size=(7, 5), img_size=56, pretrained_window_sizes=(4, 4))
+    assert_loaded(load_checkpoint(model, theirs), from_microsoft(theirs))
+    assert not log()
+
+
+@pytest.mark.parametrize("library", ["microsoft", "timm", "torchvision", "transformers"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_other_version(version, library):
+    other = 3 - version
+    state = model_of(library, other).state_dict()
+    model = build(OURS[version])
+    with unchanged(model), pytest.raises(ValueError) as error:
+        load_checkpoint(model, state)
+    name = type(model).__name__
+    assert str(error.value) == (
+        f"the checkpoint does not fit {name}: the checkpoint is of a Swin V{other}, and the model is a Swin V{version}"
+    )
 
 
 def test_no_classes(log):

@@ -1,4 +1,4 @@
-"""Parameters from files: this package's, timm's and Microsoft's."""
+"""Parameters from files: this package's, timm's, Microsoft's, torchvision's and Transformers'."""
 
 from swinops.checkpoints.loading import load_checkpoint
 

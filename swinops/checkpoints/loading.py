@@ -8,22 +8,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swinops.checkpoints import microsoft
+from swinops.checkpoints import microsoft, torchvision, transformers
 from swinops.checkpoints.reading import listed, parameters, read
-from swinops.checkpoints.resizing import resize, why_not_resized
+from swinops.checkpoints.resizing import TABLE, resize, why_not_resized
 
 M = TypeVar("M", bound=nn.Module)
 
 logger = logging.getLogger("swinops")
-BUFFERS = ("relative_position_index", "attn_mask")  # Microsoft's files have them, and some of timm's
+SOURCES = (torchvision, transformers, microsoft)  # the last recognises torchvision's head too
+BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")  # most files have some of them
+VERSIONS = {TABLE: "Swin V1", "logit_scale": "Swin V2"}  # by what only that has
 
 
 @torch.no_grad()
 def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, Any], *, skip_head: bool = False) -> M:
-    """Copy a checkpoint of Microsoft's, timm's or this package's into ``model``, all of it or nothing.
+    """Copy the parameters of a Swin V1 or V2 into ``model``, all of them or none.
 
-    Bias tables of other window sizes and position embeddings of other image sizes are resized as published (bicubic).
-    That, and whatever of the checkpoint is left out, is one line of the log "swinops", at the level WARNING.
+    Whose they are is told by their names: Microsoft's, timm's, torchvision's (``swin_*``, ``swin_v2_*``), Transformers'
+    (``Swin*`` and ``Swinv2*``, with or without a classifier) or this package's.
+
+    Bias tables of other window sizes and position embeddings of other image sizes are resized as published (bicubic);
+    SwinV2 computes its bias, for any window. That, and whatever of the checkpoint is left out, is one line of the log
+    "swinops", at the level WARNING.
 
     Args:
         model: A model of ``swinops.models``. Parameters keep their dtype and device.
@@ -37,7 +43,8 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
     Raises:
         FileNotFoundError: There is no such file. Nothing is downloaded.
         ValueError: The file cannot be read, or does not fit the model; the message has the missing, the unexpected and
-            the wrongly shaped names, of many the first ones and their number. The model is then unchanged.
+            the wrongly shaped names, of many the first ones and their number, or says that the one is a V1 and the
+            other a V2. The model is then unchanged.
         ImportError: A .safetensors file, and no package to read it with.
         TypeError: ``model`` is not a module, or ``checkpoint`` neither a path nor a mapping.
     """
@@ -52,8 +59,9 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
     own = model.state_dict()
     state, notes = parameters(contents, source)
     state = {name: x for name, x in state.items() if not name.endswith(BUFFERS)}
-    if microsoft.recognises(state):
-        state = microsoft.convert(state)
+    library = next((library for library in SOURCES if library.recognises(state)), None)
+    if library is not None:
+        state = library.convert(state)
     if skip_head:
         state = {name: x for name, x in state.items() if not name.startswith("head.")}
         state |= {name: x for name, x in own.items() if name.startswith("head.")}
@@ -74,6 +82,9 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """Why ``state`` cannot be copied into ``own``, in words."""
+    mine, theirs = version(own), version(state)
+    if mine and theirs and mine != theirs:
+        return [f"the checkpoint is of a {theirs}, and the model is a {mine}"]
     shared = {name: (x, own[name]) for name, x in state.items() if name in own}
     missing = [name for name in own if name not in state]
     misshapen = [name for name, (x, mine) in shared.items() if x.shape != mine.shape]
@@ -97,3 +108,9 @@ def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]
     if any(mine.is_meta for mine in own.values()):
         problems.append("the model is on the meta device: call model.to_empty(device=...) first")
     return problems
+
+
+def version(state: Mapping[str, Tensor]) -> str | None:
+    """Whose parameters these are, where that can be told."""
+    found = [which for mark, which in VERSIONS.items() if any(name.endswith(mark) for name in state)]
+    return found[0] if len(found) == 1 else None
