@@ -14,7 +14,8 @@ import swinops
 from swinops import create_model, list_models, reference
 from swinops.benchmarks.models import randomise
 from swinops.models.swin import SwinTransformer
-from swinops.nn import DropPath, SwinBlock, WindowAttention
+from swinops.models.swinv2 import SwinTransformerV2
+from swinops.nn import CosineWindowAttention, DropPath, SwinBlock, WindowAttention
 from swinops.testing import random_tensor
 
 PARAMETERS = {
@@ -30,9 +31,14 @@ SMALL = dict(
 )
 
 
-def small(**options) -> SwinTransformer:
-    """Two stages, every parameter random, in evaluation mode."""
-    return randomise(SwinTransformer(**{**SMALL, **options})).eval()
+@pytest.fixture(params=[SwinTransformer, SwinTransformerV2], ids=["v1", "v2"])
+def small(request):
+    """Makes a model of each family: two stages, every parameter random, in evaluation mode."""
+
+    def build(**options) -> nn.Module:
+        return randomise(request.param(**{**SMALL, **options})).eval()
+
+    return build
 
 
 def image(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -40,8 +46,8 @@ def image(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_names():
-    assert list_models() == sorted(PARAMETERS)
-    assert list_models("*tiny*") == ["swin_tiny_patch4_window7_224"]
+    assert list_models("swin_*") == sorted(PARAMETERS)
+    assert list_models("swin_tiny*") == ["swin_tiny_patch4_window7_224"]
     assert list_models("vit*") == []
 
 
@@ -82,7 +88,7 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 32), (45, 37), (8, 100), (3, 1)], ids=str)
-def test_any_size(size):
+def test_any_size(small, size):
     """One model, built once, takes every size; what it pads or shifts depends on the call alone."""
     model = small()
     x = image(2, 3, *size)
@@ -99,25 +105,32 @@ def assert_same_in_float64(actual, exact):
     assert (actual - exact).abs().max() <= 1e-12 * exact.abs().max()
 
 
-def plain_swin(model: SwinTransformer, x: torch.Tensor) -> torch.Tensor:
-    """The forward of ``model``, written from the paper on the image, token by token, without windows.
+def plain_swin(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The forward of ``model``, written from the papers on the image, token by token, without windows.
 
     Tokens attend where they share a window of the shifted, padded map; others are left out, not masked, so that the
     mask of -100 is the one thing this takes from the ops' definition.
     """
+    v2 = isinstance(model, SwinTransformerV2)
     patch = model.patch_embed.patch_size[0]
     x = nn.functional.pad(x, (0, -x.shape[3] % patch, 0, -x.shape[2] % patch))
     x = model.patch_embed.proj(x).permute(0, 2, 3, 1)
     x = norm(model.patch_embed.norm, x)
     for stage in model.layers:
-        if not isinstance(stage.downsample, nn.Identity):
+        merging = stage.downsample
+        if not isinstance(merging, nn.Identity):
             x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
             x = torch.cat([x[:, h::2, w::2] for w, h in itertools.product((0, 1), (0, 1))], -1)
-            x = stage.downsample.reduction(norm(stage.downsample.norm, x))
+            x = norm(merging.norm, merging.reduction(x)) if v2 else merging.reduction(norm(merging.norm, x))
         for block in stage.blocks:
-            x = x + plain_attention(block.attn, norm(block.norm1, x))
-            h = nn.functional.gelu(block.mlp.fc1(norm(block.norm2, x)))
-            x = x + block.mlp.fc2(h)
+            if v2:
+                x = x + norm(block.norm1, plain_attention(block.attn, x))
+                x = x + norm(block.norm2, block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(x))))
+                x = x if isinstance(block.norm3, nn.Identity) else norm(block.norm3, x)
+            else:
+                x = x + plain_attention(block.attn, norm(block.norm1, x))
+                h = nn.functional.gelu(block.mlp.fc1(norm(block.norm2, x)))
+                x = x + block.mlp.fc2(h)
     return model.head.fc(norm(model.norm, x).flatten(1, 2).mean(1))
 
 
@@ -126,7 +139,7 @@ def norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight + module.bias
 
 
-def plain_attention(attn: WindowAttention, x: torch.Tensor) -> torch.Tensor:
+def plain_attention(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Each pair of places of the padded map: their windows, the regions that the shift has joined, and their offset."""
     B, H, W, C = x.shape
     window = attn.window_size
@@ -141,18 +154,43 @@ def plain_attention(attn: WindowAttention, x: torch.Tensor) -> torch.Tensor:
     carried = (places < torch.tensor(shift)) & (torch.tensor(shift) > 0)
     strangers = (carried[:, None] != carried[None]).any(-1)
     offset = (shifted % torch.tensor(window))[:, None] - (shifted % torch.tensor(window))[None]
-    row = (offset[..., 0] + window[0] - 1) * (2 * window[1] - 1) + offset[..., 1] + window[1] - 1
-    row = torch.where(same_window, row, 0)
-    q, k, v = attn.qkv(x).view(B, len(places), 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    scores = scores + attn.relative_position_bias_table[row].permute(2, 0, 1) - 100 * strangers
+    offset = torch.where(same_window[..., None], offset, 0)
+    qkv = nn.functional.linear(x, attn.qkv.weight, qkv_bias(attn))
+    q, k, v = qkv.view(B, len(places), 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    if isinstance(attn, CosineWindowAttention):
+        q, k = (y / y.norm(dim=-1, keepdim=True).clamp_min(1e-12) for y in (q, k))
+        scale = attn.logit_scale.clamp_max(math.log(100)).exp()
+        bias = continuous_bias(attn, offset)
+    else:
+        scale = q.shape[-1] ** -0.5
+        row = (offset[..., 0] + window[0] - 1) * (2 * window[1] - 1) + offset[..., 1] + window[1] - 1
+        bias = attn.relative_position_bias_table[row]
+    scores = q @ k.transpose(-2, -1) * scale + bias.permute(2, 0, 1) - 100 * strangers
     p = scores.masked_fill(~same_window, -math.inf).softmax(-1)
     out = (p @ v).transpose(1, 2).reshape(B, *padded, C)[:, :H, :W]
     return attn.proj(out)
 
 
+def qkv_bias(attn: nn.Module) -> torch.Tensor | None:
+    if isinstance(attn, WindowAttention):
+        return attn.qkv.bias
+    return torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+
+
+def continuous_bias(attn: CosineWindowAttention, offset: torch.Tensor) -> torch.Tensor:
+    """Eq. 3 and 4 of Swin V2, in float64, for each place of ``offset`` [*, 2]: [*, heads]"""
+    rows, places = offset.flatten(0, -2).unique(dim=0, return_inverse=True)
+    window = [p or w for p, w in zip(attn.pretrained_window_size, attn.window_size, strict=True)]
+    x = 8 * rows.double() / torch.tensor([max(w - 1, 1) for w in window])
+    if attn.log_spaced:
+        x = x.sign() * (1 + x.abs()).log2() / 3
+    w1, b1, w2 = (p.double() for p in attn.cpb_mlp.parameters())
+    bias = 16 / (1 + (-(w2 @ (w1 @ x.T + b1[:, None]).clamp_min(0))).exp())
+    return bias.T[places].unflatten(0, offset.shape[:-1])
+
+
 @pytest.mark.parametrize("window", [(4, 2), (2, 8), (8, 8)], ids=str)
-def test_windows(window):
+def test_windows(small, window):
     """Windows that are not square; one that is cut to the map of the last stage, whose side is 4."""
     model = small(window_size=window)
     assert [tuple(stage.blocks[1].attn.window_size) for stage in model.layers] == [
@@ -163,7 +201,7 @@ def test_windows(window):
     assert_same_in_float64(model(x), plain_swin(model, x))
 
 
-def test_features_only():
+def test_features_only(small):
     model, whole = small(features_only=True), small()
     model.load_state_dict({name: p for name, p in whole.state_dict().items() if name in model.state_dict()})
     x = image(2, 3, 36, 44)
@@ -181,14 +219,14 @@ def test_features_only():
     assert not [name for name, _ in model.named_parameters() if name.startswith(("norm", "head"))]
 
 
-def test_no_classes_means_features():
+def test_no_classes_means_features(small):
     model = small(num_classes=0)
     x = image(2, 3, 32, 32)
     assert torch.equal(model(x), model.forward_features(x).mean((1, 2)))
     assert model(x).shape == (2, 32)
 
 
-def test_absolute_position_embedding():
+def test_absolute_position_embedding(small):
     model = small(absolute_pos_embed=True)
     with torch.no_grad():
         model.absolute_pos_embed.copy_(random_tensor((1, 64, 16), 3))
@@ -206,7 +244,7 @@ def test_absolute_position_embedding():
 
 
 def test_no_weight_decay():
-    model = small(absolute_pos_embed=True)
+    model = SwinTransformer(**SMALL, absolute_pos_embed=True)
     names = model.no_weight_decay()
     assert names == {
         "absolute_pos_embed",
@@ -221,7 +259,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
-def test_grad_checkpointing():
+def test_grad_checkpointing(small):
     """The same bits, stochastic depth included, from blocks that run again in backward."""
     model = small(drop_path_rate=0.5).train()
     x = image(4, 3, 32, 32)
@@ -269,7 +307,7 @@ def test_stochastic_depth():
     assert len(kinds) == 4
 
 
-def test_state_dict_survives():
+def test_state_dict_survives(small):
     """deepcopy, torch.save and loading into a fresh model give the same bits; nothing but parameters is stored."""
     model = small(absolute_pos_embed=True)
     x = image(2, 3, 40, 32)
@@ -286,7 +324,7 @@ def test_state_dict_survives():
 
 def test_autocast_keeps_the_residual_stream_wide():
     """Norms before a projection return what it computes in; the stream between blocks stays float32."""
-    model = small().train()
+    model = randomise(SwinTransformer(**SMALL)).train()
     x = image(2, 3, 32, 32)
     seen = {}
 
@@ -310,7 +348,7 @@ def test_autocast_keeps_the_residual_stream_wide():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_dtypes(dtype):
+def test_dtypes(small, dtype):
     model, x = small().to(dtype), image(2, 3, 32, 32).to(dtype)
     logits = model(x)
     assert logits.dtype == dtype
@@ -318,7 +356,7 @@ def test_dtypes(dtype):
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_compiles():
+def test_compiles(small):
     """Without a graph break, and every size shares one graph after the first: padded, shifted, or below the window."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -332,7 +370,7 @@ def test_compiles():
     assert counter.frame_count <= 2
 
 
-def test_export_dynamic_shapes():
+def test_export_dynamic_shapes(small):
     """One program for every batch and image size."""
     model, Dim = small(), torch.export.Dim
     sizes = {0: Dim("batch", min=1), 2: Dim("height", min=24, max=512), 3: Dim("width", min=24, max=512)}
@@ -362,9 +400,9 @@ def test_export_dynamic_shapes():
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_rejects_bad_arguments(options, error, sentence):
+def test_rejects_bad_arguments(small, options, error, sentence):
     with pytest.raises(error, match=re.escape(sentence)):
-        SwinTransformer(**{**SMALL, **options})
+        small(**options)
 
 
 def test_rejects_a_head_to_skip_without_a_checkpoint():
@@ -373,7 +411,7 @@ def test_rejects_a_head_to_skip_without_a_checkpoint():
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)], ids=str)
-def test_rejects_bad_images(shape):
+def test_rejects_bad_images(small, shape):
     with pytest.raises(ValueError, match=re.escape(f"x must be [B, 3, H, W], got {shape}")):
         small()(torch.ones(shape))
 
@@ -391,11 +429,11 @@ def test_rejects_unknown_names():
         create_model("swin_tiny_patch4_window7_224", dropout=0.5)
 
 
-def test_no_batch():
+def test_no_batch(small):
     assert small()(torch.empty(0, 3, 32, 32)).shape == (0, 5)
 
 
-def test_kernels_compute_the_model():
+def test_kernels_compute_the_model(small):
     """Triton in place of the reference: the same logits and gradients, to rounding, at a size that pads and shifts."""
     from swinops.backends import why_not
 

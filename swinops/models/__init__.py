@@ -8,13 +8,16 @@ from typing import Any
 from torch import nn
 
 from swinops.checkpoints import load_checkpoint
-from swinops.models import swin
+from swinops.models import swin, swinv2
 from swinops.models.swin import SwinTransformer
+from swinops.models.swinv2 import SwinTransformerV2
 
-__all__ = ["SwinTransformer", "create_model", "list_models"]
+__all__ = ["SwinTransformer", "SwinTransformerV2", "create_model", "list_models"]
 
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    name: (SwinTransformer, options) for name, options in swin.MODELS.items()
+    name: (cls, options)
+    for cls, variants in ((SwinTransformer, swin.MODELS), (SwinTransformerV2, swinv2.MODELS))
+    for name, options in variants.items()
 }
 
 

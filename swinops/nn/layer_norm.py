@@ -1,4 +1,4 @@
-"""LayerNorm on this package's kernels, alone and with the residual sum before it."""
+"""LayerNorm on this package's kernels, alone and with the residual sum before or after it."""
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,32 @@ class AddLayerNorm(LayerNorm):
             x, f, sample_scale, self.weight, self.bias, self.eps, self.out_dtype(x), self.backend
         )
         return s, y
+
+
+class LayerNormAdd(LayerNorm):
+    """The norm of a branch and the residual sum that follows it, in one pass over memory: Swin V2's "res-post-norm".
+
+    Weight and bias start at zero: a block of such branches starts as the identity.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, f: Tensor, sample_scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """``x + sample_scale * norm(f)``.
+
+        Args:
+            x, f: [B, *, dim]
+            sample_scale: A factor for each sample, without gradient (see ``DropPath``). [B]
+
+        Returns:
+            [B, *, dim]
+        """
+        out: Tensor = torch.ops.swinops.layer_norm_add(
+            x, f, sample_scale, self.weight, self.bias, self.eps, self.backend
+        )[0]
+        return out
 
 
 def projection_dtype(x: Tensor) -> torch.dtype:

@@ -51,6 +51,27 @@ class PatchMerging(nn.Module):
         return x
 
 
+class PatchMergingV2(nn.Module):
+    """Join 2 x 2 neighbours, in the order of ``PatchMerging``, project to ``out_dim`` channels and normalise those."""
+
+    def __init__(self, dim: int, out_dim: int, *, backend: str = "auto"):
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.norm = LayerNorm(out_dim, backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out_dim]"""
+        B, H, W, C = x.shape
+        # so that 2 * h is seen to be the padded size where H is a symbol
+        h, w = (H + 1) // 2, (W + 1) // 2
+        # compiled, a branch on sizes would be a graph more
+        if torch.compiler.is_compiling() or 2 * h > H or 2 * w > W:
+            x = F.pad(x, (0, 0, 0, 2 * w - W, 0, 2 * h - H))
+        x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        x = self.norm(self.reduction(x))
+        return x
+
+
 class MergingNorm(LayerNorm):
     """The gather of patch merging and its norm, in one pass over memory."""
 
