@@ -120,12 +120,12 @@ def plan(model: nn.Module, backend: str) -> list[tuple[Row, nn.Module, "type[Swa
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     # here, because torch.compiler imports torch._dynamo, and importing swinops should cost nothing
-    from swinops.dropin import swap, timm
+    from swinops.dropin import swap, timm, timm_v2
 
     found: list[tuple[Row, nn.Module, type[Swapped] | None]] = []
     companions = []
     for path, module in model.named_modules():
-        for kind in timm.SWAPS:
+        for kind in (*timm.SWAPS, *timm_v2.SWAPS):
             library = swap.library_class(kind, type(module))
             if library is None:
                 continue

@@ -46,18 +46,18 @@ class Swapped(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), f"swinops={self.swinops_backend!r}"]))
 
-    @staticmethod
-    def why_left(module: Any) -> str | None:
+    @classmethod
+    def why_left(cls, module: Any) -> str | None:
         """Why ``module``, an instance of the library's class, cannot be replaced; None where it can."""
         return None
 
-    @staticmethod
-    def why_own(module: Any, backend: str) -> str | None:
+    @classmethod
+    def why_own(cls, module: Any, backend: str) -> str | None:
         """Why ``module`` would run its library's own forward in its present state; None where it would run the op."""
         return None
 
-    @staticmethod
-    def calls(module: Any) -> list[Call]:
+    @classmethod
+    def calls(cls, module: Any) -> list[Call]:
         """The ops that ``module`` calls."""
         return []
 

@@ -1,7 +1,10 @@
-"""timm's Swin V1: the attention of a block becomes one op, and one compiled graph serves every image size."""
+"""timm's Swins: the attention of a block becomes one op, and one compiled graph serves every image size.
+
+Here what its three files have in common, and Swin V1; V2 and V2-CR are in ``timm_v2``.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,8 @@ from swinops.nn.layer_norm import projection_dtype
 from swinops.reference.window_attention import shift_mask
 
 
-class SwinBlock(Swapped):
-    """timm's ``SwinTransformerBlock`` whose shift, pads, windows, mask, bias and attention are one op.
+class Block(Swapped):
+    """A block of timm's whose shift, pads, windows, mask, bias and attention are one op.
 
     ``attn.qkv`` and ``attn.proj`` are called as modules, so they may be quantised or carry LoRA; they see the image
     [B, H, W, C] in place of its windows. ``attn`` itself, its softmax and its dropout are not called: where they have
@@ -20,19 +23,15 @@ class SwinBlock(Swapped):
     """
 
     LIBRARY = "timm"
-    MODULE = "timm.models.swin_transformer"
-    NAME = "SwinTransformerBlock"
-    ATTRIBUTES = (
-        "_attn", "get_attn_mask", "window_size", "shift_size", "target_shift_size", "input_resolution", "attn_mask",
-        "attn.qkv", "attn.proj", "attn.proj_drop", "attn.attn_drop", "attn.softmax", "attn.scale", "attn.num_heads",
-        "attn.relative_position_bias_table",
-    )  # fmt: skip
     OVERRIDES = ("_attn",)
     KEPT = ("get_attn_mask",)
     COMPANION = False
+    ATTENTION: ClassVar[str]  # the class of attn
+    BYPASSED: ClassVar[tuple[str, ...]] = ("attn", "attn.softmax", "attn.attn_drop")  # modules that are not called
+    SIZE: ClassVar[str] = "input_resolution"  # the attribute with the image size of attn_mask
 
-    __constants__ = ("own_in_script",)
-    __jit_unused_properties__ = ("own_in_script",)
+    __constants__: ClassVar[tuple[str, ...]] = ("own_in_script",)
+    __jit_unused_properties__: ClassVar[tuple[str, ...]] = ("own_in_script",)
 
     attn: Any
     dim: int
@@ -40,108 +39,153 @@ class SwinBlock(Swapped):
     shift_size: tuple[int, int]
     library_attn: Callable[[Tensor], Tensor]
 
-    @staticmethod
-    def why_left(block: Any) -> str | None:
-        reason = why_not_plain(block.attn)
+    @classmethod
+    def why_left(cls, block: Any) -> str | None:
+        reason = cls.why_not_plain(block.attn)
         if reason is not None or getattr(block, "dynamic_mask", False):
             return reason
         if block.attn_mask is None:
             return "it shifts without a mask" if any(block.shift_size) else None
         if block.attn_mask.is_meta:
             return None
-        mask = shift_mask(block.input_resolution, block.window_size, block.shift_size, -100.0, block.attn_mask.device)
+        size = getattr(block, cls.SIZE)
+        mask = shift_mask(size, block.window_size, block.shift_size, -100.0, block.attn_mask.device)
         return None if torch.equal(block.attn_mask, mask.to(block.attn_mask.dtype)) else "its attn_mask is not timm's"
 
-    @staticmethod
-    def why_own(block: Any, backend: str) -> str | None:
-        attn = block.attn
-        reason: str | None = why_not_plain(attn)
+    @classmethod
+    def why_own(cls, block: Any, backend: str) -> str | None:
+        reason: str | None = cls.why_not_plain(block.attn)
         if reason is not None:
             return reason
-        for name, module in (("attn", attn), ("attn.softmax", attn.softmax), ("attn.attn_drop", attn.attn_drop)):
-            if hooked(module):
+        for name in cls.BYPASSED:
+            if hooked(block.get_submodule(name)):
                 return f"{name} has hooks, and the op does not call it"
         # timm's fused attention goes by attn.training, its plain one by that of attn_drop
-        if getattr(attn.attn_drop, "p", 0.0) > 0 and (attn.training or attn.attn_drop.training):
+        drop = block.attn.attn_drop
+        if getattr(drop, "p", 0.0) > 0 and (block.attn.training or drop.training):
             return "attention dropout in training, which the op does not have"
         if backend != "auto":
             return None
-        for call in SwinBlock.calls(block):
+        for call in cls.calls(block):
             reason = no_kernel(*call)
             if reason is not None:
                 return reason
         return None
 
-    @staticmethod
-    def calls(block: Any) -> list[Call]:
-        # from a parameter and not from x, which is a proxy under fx, as the attribute of attn would be
-        table = block.attn._parameters.get("relative_position_bias_table")
-        if table is None:  # a replica of DataParallel or FSDP: a tensor in its place
-            table = vars(block.attn)["relative_position_bias_table"]
-        heads = block.attn.num_heads
-        head_dim = getattr(block.attn.proj, "in_features", block.dim) // heads
-        return [
-            ("window_attention", table.device, projection_dtype(table), head_dim),
-            ("relative_position_bias", table.device, table.dtype, heads),
-        ]
+    @classmethod
+    def why_not_plain(cls, attn: Any) -> str | None:
+        """Why timm's formula cannot be assumed of ``attn``; None where it can."""
+        found = type(attn)
+        if found.__name__ != cls.ATTENTION or found.__module__.rpartition(".")[2] != cls.MODULE.rpartition(".")[2]:
+            return f"attn is a {found.__name__}, not timm's {cls.ATTENTION}"
+        if "forward" in attn.__dict__ or found.forward.__module__ != found.__module__:
+            return "the forward of attn was replaced"
+        if "attn.softmax" in cls.BYPASSED and (type(attn.softmax) is not nn.Softmax or attn.softmax.dim != -1):
+            return f"attn.softmax is a {type(attn.softmax).__name__}, not a Softmax over the last axis"
+        if type(attn.attn_drop) not in (nn.Dropout, nn.Identity):
+            return f"attn.attn_drop is a {type(attn.attn_drop).__name__}, not a Dropout"
+        return None
+
+    @classmethod
+    def knows_zero(cls, attn: Any) -> bool:
+        """A token of zeros projects to ``qkv_bias``. Another module's attributes (LoRA with a bias) do not tell."""
+        return plain(attn.qkv)
 
     @property
     def own_in_script(self) -> bool:
         """A constant of the scripted module: what TorchScript cannot look at when it runs."""
-        attn = self.attn
-        return self.why_own(self, "reference") is not None or getattr(attn.attn_drop, "p", 0) > 0 or not plain(attn.qkv)
+        drops = getattr(self.attn.attn_drop, "p", 0) > 0
+        return self.why_own(self, "reference") is not None or drops or not self.knows_zero(self.attn)
 
     def _attn(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self.own_in_script or (self.swinops_backend == "auto" and (not x.is_cuda or x.dtype == torch.float64)):
                 return self.library_attn(x)
             else:
-                return self.swinops_attn(x, self.attn.qkv.bias)
+                bias = self.qkv_bias()
+                return self.swinops_attn(x, bias, bias)
         reason = self.why_own(self, self.swinops_backend)
         if reason is not None:
             warn_once(self.LIBRARY, reason)
             return self.library_attn(x)
-        return self.swinops_attn(x, self.project_zero(x))
+        bias = self.qkv_bias()
+        return self.swinops_attn(x, bias, self.project_zero(x, bias))
 
-    def swinops_attn(self, x: Tensor, zero: Tensor | None) -> Tensor:
-        """The attention of the normalised image ``x`` [B, H, W, C]; ``zero``: the projection of a pad token. [3 * C]"""
+    def swinops_attn(self, x: Tensor, bias: Tensor | None, zero: Tensor | None) -> Tensor:
+        """The attention of the image ``x`` [B, H, W, C]; ``zero``: the projection of a pad token. [3 * C]"""
+        heads = self.attn.num_heads
         window = [self.window_size[0], self.window_size[1]]
         shift = [self.shift_size[0], self.shift_size[1]]
-        heads = self.attn.num_heads
+        pad_kv = None if zero is None else zero.view(3, heads, -1)[1:]
+        qkv = self.project(x, bias).unflatten(-1, [3, heads, -1])
+        out: Tensor = self.attn.proj_drop(self.attn.proj(self.attend(qkv, pad_kv, window, shift).flatten(-2)))
+        return out
+
+    def project_zero(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """What a token of zeros projects to; None for zeros, and where it is known that ``x`` needs no pads."""
+        zero: Tensor | None = None
+        if self.knows_zero(self.attn):
+            zero = bias
+        elif isinstance(x, torch.fx.Proxy) or any(x.shape[1 + i] % w != 0 for i, w in enumerate(self.window_size)):
+            zero = self.project(x.new_zeros(1, 1, 1, x.shape[-1]), bias).flatten()
+        return zero
+
+    def qkv_bias(self) -> Tensor | None:
+        """What ``project`` adds. [3 * C]"""
+        bias: Tensor | None = getattr(self.attn.qkv, "bias", None)
+        return bias
+
+    def project(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, 3 * C]; a class whose ``qkv`` does not add ``bias`` adds it here."""
+        qkv: Tensor = self.attn.qkv(x)
+        return qkv
+
+    def attend(self, qkv: Tensor, pad_kv: Tensor | None, window: list[int], shift: list[int]) -> Tensor:
+        """[B, H, W, 3, heads, head_dim] -> [B, H, W, heads, head_dim]"""
+        raise NotImplementedError
+
+
+class SwinBlock(Block):
+    """timm's ``SwinTransformerBlock``."""
+
+    MODULE = "timm.models.swin_transformer"
+    NAME = "SwinTransformerBlock"
+    ATTRIBUTES = (
+        "_attn", "get_attn_mask", "window_size", "shift_size", "target_shift_size", "input_resolution", "attn_mask",
+        "attn.qkv", "attn.proj", "attn.proj_drop", "attn.attn_drop", "attn.softmax", "attn.scale", "attn.num_heads",
+        "attn.relative_position_bias_table",
+    )  # fmt: skip
+    ATTENTION = "WindowAttention"
+
+    @classmethod
+    def calls(cls, block: Any) -> list[Call]:
+        table = parameter(block.attn, "relative_position_bias_table")
+        return [
+            ("window_attention", table.device, projection_dtype(table), head_dim(block)),
+            ("relative_position_bias", table.device, table.dtype, block.attn.num_heads),
+        ]
+
+    def attend(self, qkv: Tensor, pad_kv: Tensor | None, window: list[int], shift: list[int]) -> Tensor:
         bias = torch.ops.swinops.relative_position_bias(
             self.attn.relative_position_bias_table, window, self.swinops_backend
         )
-        pad_kv = None if zero is None else zero.view(3, heads, -1)[1:]
-        qkv = self.attn.qkv(x).unflatten(-1, [3, heads, -1])
         out: Tensor = torch.ops.swinops.window_attention_qkvpacked(
             qkv, bias, pad_kv, window, shift, self.attn.scale, "roll_pad", -100.0, self.swinops_backend
         )[0]
-        out = self.attn.proj_drop(self.attn.proj(out.flatten(-2)))
         return out
 
-    def project_zero(self, x: Tensor) -> Tensor | None:
-        """What a token of zeros projects to; None for zeros, and where it is known that ``x`` needs no pads."""
-        zero: Tensor | None = None
-        if plain(self.attn.qkv):
-            zero = self.attn.qkv.bias
-        elif isinstance(x, torch.fx.Proxy) or any(x.shape[1 + i] % w != 0 for i, w in enumerate(self.window_size)):
-            # another module's attributes do not tell what it does with zeros (LoRA with a bias, hooks): ask it
-            zero = self.attn.qkv(x.new_zeros(1, 1, 1, x.shape[-1])).flatten()
-        return zero
+
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter itself, where the attribute would be a proxy under fx."""
+    x = module._parameters.get(name)
+    if x is None:  # a replica of DataParallel or FSDP: a tensor in its place
+        x = vars(module)[name]
+    return x
 
 
-def why_not_plain(attn: Any) -> str | None:
-    """Why timm's formula cannot be assumed of ``attn``; None where it can."""
-    cls = type(attn)
-    if cls.__name__ != "WindowAttention" or cls.__module__.rpartition(".")[2] != "swin_transformer":
-        return f"attn is a {cls.__name__}, not timm's WindowAttention"
-    if "forward" in attn.__dict__ or cls.forward.__module__ != cls.__module__:
-        return "the forward of attn was replaced"
-    if type(attn.softmax) is not nn.Softmax or attn.softmax.dim != -1:
-        return f"attn.softmax is a {type(attn.softmax).__name__}, not a Softmax over the last axis"
-    if type(attn.attn_drop) not in (nn.Dropout, nn.Identity):
-        return f"attn.attn_drop is a {type(attn.attn_drop).__name__}, not a Dropout"
-    return None
+def head_dim(block: Any) -> int:
+    channels: int = getattr(block.attn.proj, "in_features", block.dim)
+    return channels // int(block.attn.num_heads)
 
 
 def plain(module: nn.Module) -> bool:
