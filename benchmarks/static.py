@@ -70,7 +70,8 @@ SHARED_RESERVED = 1024  # bytes more for the system
 STACK_LIMIT = 16  # bytes
 WIDE = 16  # bytes of a 128-bit access
 LATENCY = 800e-9  # seconds from a load to its value in a loaded device
-ATTENTION = ("window_attention", "window_attention_backward")
+FORWARD = ("window_attention", "cosine_attention")
+ATTENTION = (*FORWARD, *(f"{op}_backward" for op in FORWARD))
 BIAS = ("relative_position_bias", "relative_position_bias_backward")
 # the tensors that hold vectors of channels, by the names of the kernels' arguments without _ptr
 NORM_VECTORS = {
@@ -84,15 +85,15 @@ NORM_VECTORS = {
     "patch_merging_norm_backward": {"dy", "s", "dx"},
 }
 VECTORS = {
-    "window_attention": {"q", "k", "v", "out"},
-    "window_attention_backward": {"q", "k", "v", "dout", "dq", "dk", "dv"},
+    **{op: {"q", "k", "v", "out"} for op in FORWARD},
+    **{f"{op}_backward": {"q", "k", "v", "dout", "dq", "dk", "dv"} for op in FORWARD},
     **NORM_VECTORS,
 }
 NORMS = tuple(NORM_VECTORS)
 OPS = (*ATTENTION, "window_partition", "window_merge", *BIAS, *NORMS)
 NORM_KERNELS = ("_norm_kernel", "_norm_backward_kernel")
 # read or written once a program, not once a window: left out of the bytes that must move for a window
-ONCE = {"bias", "pad", "dbias", "dpad"}
+ONCE = {"logit_scale", "bias", "pad", "dlogit_scale", "dbias", "dpad"}
 
 
 class CompileOnly:
@@ -656,17 +657,18 @@ class Case(Call):
             qkv = torch.empty(self.batch, n, n, 3, heads, self.head_dim, dtype=dtype)
             bias = torch.empty(heads, tokens, tokens, dtype=bias_dtype)
             pad = torch.empty(2, heads, self.head_dim, dtype=dtype) if self.padded else None
-            rest = window, shift, self.head_dim**-0.5, "pad_roll", -100.0
-            if self.op == "window_attention":
-                launch(*qkv.unbind(-3), bias, pad, *rest)
+            cosine = self.op.startswith("cosine")
+            scale: tuple[float, ...] = () if cosine else (self.head_dim**-0.5,)
+            rest = window, shift, *scale, "pad_roll", -100.0
+            learned = *[torch.empty(heads)] * cosine, bias, pad
+            if self.op in FORWARD:
+                launch(*qkv.unbind(-3), *learned, *rest)
             else:
                 q = qkv.select(-3, 0)
                 out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
                 dout, dqkv = torch.empty_like(out), torch.empty_like(qkv)
-                dpad = None if pad is None else torch.empty_like(pad)
-                launch(
-                    dout, *qkv.unbind(-3), bias, pad, out, lse, *dqkv.unbind(-3), torch.empty_like(bias), dpad, *rest
-                )
+                gradients = [None if x is None else torch.empty_like(x) for x in learned]
+                launch(dout, *qkv.unbind(-3), *learned, out, lse, *dqkv.unbind(-3), *gradients, *rest)
 
     def labels(self) -> list[str]:
         return [
@@ -680,7 +682,7 @@ class Case(Call):
         return self.head_dim == 32
 
     def bounded(self, row: Row) -> bool:
-        forward = self.op == "window_attention" and self.arch in (80, 90)
+        forward = self.op in FORWARD and self.arch in (80, 90)
         return forward and self.window in (7, 8) and self.head_dim == 32 and not self.padded
 
 

@@ -4,6 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
+from swinops.kernels.continuous_position_bias import continuous_position_bias, continuous_position_bias_backward
+from swinops.kernels.cosine_attention import cosine_attention, cosine_attention_backward
 from swinops.kernels.cyclic_shift import window_merge, window_partition
 from swinops.kernels.layer_norm import (
     add_layer_norm,
@@ -20,6 +22,10 @@ from swinops.kernels.window_attention import window_attention, window_attention_
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
+    "continuous_position_bias",
+    "continuous_position_bias_backward",
+    "cosine_attention",
+    "cosine_attention_backward",
     "layer_norm",
     "layer_norm_add",
     "layer_norm_add_backward",
@@ -48,7 +54,7 @@ def why_not(x: Tensor, op: str) -> str | None:
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(x.device)
         return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0"
-    if op == "window_attention":
+    if op in ("window_attention", "cosine_attention"):
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"its window attention takes float32, float16 and bfloat16, not {x.dtype}"
         if x.shape[-1] > 256:
@@ -59,6 +65,9 @@ def why_not(x: Tensor, op: str) -> str | None:
         C = x.shape[-1] * (4 if op == "patch_merging_norm" else 1)
         if C > 8192:
             return f"its layer norm takes rows of up to 8192 channels, not {C}"
+    elif op == "continuous_position_bias":
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"its continuous position bias takes float32, float16 and bfloat16, not {x.dtype}"
     elif op == "relative_position_bias" and x.dtype == torch.float64:
         return "its relative position bias sums in float32, which loses float64's precision"
     return None
