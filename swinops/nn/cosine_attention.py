@@ -36,9 +36,9 @@ class CosineWindowAttention(WindowAttentionBase):
 
     In evaluation the bias [heads, N, N] is computed once and kept, heads * N * N numbers, unless a gradient could reach
     ``cpb_mlp`` or the call is compiled or traced. It is computed again when PyTorch counts a change of the weights,
-    when they move or are replaced, and after ``train()`` and ``eval()``. A write that PyTorch does not count (through
-    ``parameter.data``, NumPy or another process) is not seen: call ``eval()`` after it. No copy, pickle or state dict
-    holds the bias.
+    when they move or are replaced, after ``train()`` and ``eval()``, and after a call that kept nothing. A write that
+    PyTorch does not count (through ``parameter.data``, NumPy or another process) is not seen: call ``eval()`` after it.
+    No copy, pickle or state dict holds the bias.
 
     Args:
         window_size: Tokens of a window along each axis: an int or two.
@@ -107,6 +107,8 @@ class CosineWindowAttention(WindowAttentionBase):
         pretrained = [p or w for p, w in zip(self.pretrained_window_size, self.window_size, strict=True)]
         settings = (tuple(self.window_size), tuple(pretrained), self.log_spaced, self.backend)
         if self.training or not constant(weights):
+            if not torch.compiler.is_compiling():
+                self.cached_bias = None  # a step of an optimizer may follow, and fused ones count no change
             bias: Tensor = torch.ops.swinops.continuous_position_bias(*weights, *settings)[0]
             return bias
         # a stream that did not compute the bias would have to wait for it
@@ -152,10 +154,10 @@ def constant(weights: Sequence[Tensor]) -> bool:
     """Whether what is computed of ``weights`` now is right for as long as they stay as they are."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    # tensors of inference mode have no version; other types are a tracer's, or those of a functional call
+    if any(type(w) is not nn.Parameter or w.is_inference() for w in weights):
+        return False
     # memory of a CUDA graph is its own, and what it reads has to stay where it is
     if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
-        return False
-    # tensors of inference mode have no version; other types are a tracer's, or another module call's
-    return all(type(w) is nn.Parameter and not w.is_inference() for w in weights)
+    return not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
