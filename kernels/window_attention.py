@@ -184,8 +184,8 @@ def _forward_kernel(
         valid = t < N
         if PADDED:
             valid = valid & inside
-        q, q_inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
-        k, k_inverse, v = load_keys(
+        q, _inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, index, valid, HEAD_DIM, BLOCK_D)
+        k, _k_inverse, v = load_keys(
             k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
             t < N, PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
@@ -220,14 +220,14 @@ def _forward_tiled_kernel(
         query = item % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
         q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
         q_valid = q_valid & (query < N)
-        q, q_inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        q, _inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, N, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
-            k, k_inverse, v = load_keys(
+            k, _k_inverse, v = load_keys(
                 k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
                 key < N, PADDED, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
@@ -405,7 +405,7 @@ def _dq_kernel(
         for start in range(0, N, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
-            k, k_inverse, v = load_keys(
+            k, _k_inverse, v = load_keys(
                 k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
                 key < N, PADDED, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
@@ -456,7 +456,7 @@ def _dkdv_kernel(
             query = start + tl.arange(0, BLOCK_M)
             q_index, q_valid = image_index(origin, window_tokens(query, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
             q_valid = q_valid & (query < N)
-            q, q_inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+            q, _inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
             dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
             lse = load_lse(lse_ptr, lse_strides, head, b, q_index, q_valid)
             delta = tl.load(delta_ptr + head + offset(b, q_index, lse_strides), q_valid, other=0.0)
@@ -467,7 +467,7 @@ def _dkdv_kernel(
             dv += tl.dot(tl.trans(p.to(v.dtype)), dout, input_precision=PRECISION)
             ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
-        dk, along = normalise_backward(dk * scale, k, k_inverse, logit_scale_ptr)
+        dk, _along = normalise_backward(dk * scale, k, k_inverse, logit_scale_ptr)
         valid = (key < N) & inside
         store_tokens(dk_ptr, grad_strides, head, b, index, valid, dk, HEAD_DIM, BLOCK_D)
         store_tokens(dv_ptr, grad_strides, head, b, index, valid, dv, HEAD_DIM, BLOCK_D)
@@ -510,9 +510,9 @@ def _dbias_kernel(
         q_index, q_valid = image_index(origin, q_local, size, WINDOW, SHIFT, ROLL_PAD)
         q_valid = q_valid & (query < N)
         index, inside = image_index(origin, local, size, WINDOW, SHIFT, ROLL_PAD)
-        q, q_inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
+        q, _inverse = load_queries(q_ptr, logit_scale_ptr, q_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
         dout = load_tokens(dout_ptr, dout_strides, head, b, q_index, q_valid, HEAD_DIM, BLOCK_D)
-        k, k_inverse, v = load_keys(
+        k, _k_inverse, v = load_keys(
             k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
             key < N, PADDED, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
