@@ -384,7 +384,7 @@ def _dq_kernel(
             for start in range(0, N, BLOCK_N):
                 key = start + tl.arange(0, BLOCK_N)
                 index, inside = image_index(origin, window_tokens(key, WINDOW), size, WINDOW, SHIFT, ROLL_PAD)
-                k, k_inverse, v = load_keys(
+                k, _k_inverse, v = load_keys(
                     k_ptr, v_ptr, logit_scale_ptr, pad_ptr, k_strides, v_strides, head, heads, b, index, inside,
                     key < N, PADDED, HEAD_DIM, BLOCK_D,
                 )  # fmt: skip
