@@ -224,6 +224,28 @@ def position_bias_inputs(
     return table, random_tensor((heads, tokens, tokens), 2 * seed + 1, dtype, device)
 
 
+def continuous_position_bias_inputs(
+    window: Sequence[int],
+    *,
+    hidden: int = 20,
+    heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """w1 [hidden, 2], b1 [hidden] and w2 [heads, hidden], and a gradient [heads, N, N] of the bias.
+
+    Scaled so that some hidden units are off, and the sigmoid is not saturated.
+    """
+    tokens = torch.Size(window).numel()
+    weights = {
+        "w1": random_tensor((hidden, 2), 4 * seed, dtype, device),
+        "b1": random_tensor((hidden,), 4 * seed + 1, dtype, device),
+        "w2": random_tensor((heads, hidden), 4 * seed + 2, dtype, device) * hidden**-0.5,
+    }
+    return weights, random_tensor((heads, tokens, tokens), 4 * seed + 3, dtype, device)
+
+
 def random_rows(
     shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
