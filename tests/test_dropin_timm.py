@@ -1,13 +1,14 @@
 """timm's Swin on the kernels: the same outputs and gradients with every option, at sizes that pad and that do not."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 
 import swinops
-from swinops.testing import assert_accurate, random_tensor
+from swinops.testing import assert_accurate
+
+from . import timm_swins
+from .timm_swins import FAMILIES, assert_same, count_calls, randomise, results
 
 swin = pytest.importorskip("timm.models.swin_transformer")
 
@@ -32,49 +33,14 @@ CASES = {
 
 
 def build(**options):
-    """A small Swin with every parameter random: at timm's initialisation norms are ones and biases zeros."""
+    """A small Swin of one stage."""
     if np.ndim(options.get("window_size", 4)) == 2 and not hasattr(swin, "resolve_stage_window_sizes"):
         pytest.skip("this version of timm has one window for all stages")
-    defaults = {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depths": (2,), "num_heads": (2,), "window_size": 4}
-    return randomise(swin.SwinTransformer(**{**defaults, "num_classes": 5, "drop_path_rate": 0.0, **options}))
-
-
-def randomise(model):
-    for seed, (name, p) in enumerate(model.named_parameters()):
-        fan_in = p[0].numel() if p.dim() > 1 and "table" not in name else 1
-        p.data.copy_(random_tensor(p.shape, seed) / fan_in**0.5 + (p.dim() == 1 and "norm" in name))
-    return model
+    return timm_swins.build(FAMILIES["v1"], **{"img_size": 16, "depths": (2,), "num_heads": (2,), **options})
 
 
 def image(size, batch=1):
-    return random_tensor((batch, 3, *((size, size) if isinstance(size, int) else size)), 99)
-
-
-def results(model, x):
-    """Output, and the gradients of the input and of every parameter."""
-    x = x.detach().requires_grad_()
-    out = model(x)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(out, [x, *parameters], random_tensor(out.shape, 7).to(out))
-    return {"out": out.detach(), **dict(zip(("x", *names), grads, strict=True))}
-
-
-def assert_same(actual, model, x):
-    """``actual`` is as exact as the unpatched ``model`` at ``x``. Errors are relative to a tensor's largest value.
-
-    It is the rule of ``assert_accurate``, but with the plain error of the model's worst tensor for each tensor: what
-    reaches a tensor through the rest of a model is rounding, by luck smaller in the one or in the other.
-    """
-    plain, exact = results(model, x), results(copy.deepcopy(model).double(), x.double())
-    assert list(actual) == list(plain)
-
-    def error(of, name):
-        return float((of[name].double() - exact[name]).abs().max() / exact[name].abs().max())
-
-    allowed = 2 * max(error(plain, name) for name in plain) + torch.finfo(x.dtype).eps
-    assert allowed < 1e-4
-    wrong = {name: error(actual, name) for name in plain if not error(actual, name) <= allowed}
-    assert not wrong, f"allowed {allowed:.1e}, off by {wrong}"
+    return timm_swins.image(batch, size)
 
 
 @pytest.fixture
@@ -82,16 +48,7 @@ def launches(monkeypatch):
     """Calls of the Triton backend's forward and backward."""
     import swinops.kernels
 
-    counts = {"window_attention": 0, "window_attention_backward": 0}
-    for name in counts:
-        f = getattr(swinops.kernels, name)
-
-        def counted(*args, f=f, name=name):
-            counts[name] += 1
-            return f(*args)
-
-        monkeypatch.setattr(swinops.kernels, name, counted)
-    return counts
+    return count_calls(monkeypatch, swinops.kernels, ("window_attention", "window_attention_backward"))
 
 
 @pytest.mark.parametrize("case", CASES)

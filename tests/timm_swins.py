@@ -1,0 +1,122 @@
+"""timm's three Swins, small and with every parameter random, and the comparison that their tests share."""
+
+import copy
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from swinops.testing import random_tensor
+
+pytest.importorskip("timm")
+
+
+class Family(NamedTuple):
+    """One of timm's files."""
+
+    name: str
+    module: str
+    model: str
+    block: str
+    attn: str
+    seam: str  # the block's method that patch replaces
+    stages: str
+    rows: int  # of explain, for a model of four blocks
+    attention: str  # the op that runs
+    example: str  # a published model
+
+    def load(self):
+        return importlib.import_module(f"timm.models.{self.module}")
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "v1", "swin_transformer", "SwinTransformer", "SwinTransformerBlock", "WindowAttention", "_attn", "layers",
+            5, "window_attention", "swin_tiny_patch4_window7_224",
+        ),
+        Family(
+            "v2", "swin_transformer_v2", "SwinTransformerV2", "SwinTransformerV2Block", "WindowAttention", "_attn",
+            "layers", 5, "cosine_attention", "swinv2_tiny_window8_256",
+        ),
+        Family(
+            "v2_cr", "swin_transformer_v2_cr", "SwinTransformerV2Cr", "SwinTransformerV2CrBlock",
+            "WindowMultiHeadAttention", "_shifted_window_attn", "stages", 4, "cosine_attention", "swinv2_cr_tiny_224",
+        ),
+    )
+}  # fmt: skip
+
+
+def build(family, module=None, **options):
+    """Two stages on maps of 7 x 5 and 4 x 3, which a window of 4 pads."""
+    defaults = {"img_size": (14, 10), "patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+    defaults |= {"window_size": 4, "num_classes": 5, "drop_path_rate": 0.0}
+    return randomise(getattr(module or family.load(), family.model)(**{**defaults, **options})).eval()
+
+
+def randomise(model):
+    """At timm's initialisation norms are ones or zeros, and biases zeros: most of a model would not be compared."""
+    for seed, (name, p) in enumerate(model.named_parameters()):
+        fan_in = p[0].numel() if p.dim() > 1 and "table" not in name else 1
+        p.data.copy_(random_tensor(p.shape, seed) / fan_in**0.5 + (p.dim() == 1 and "norm" in name))
+        if "logit_scale" in name:  # the last is above ln 100, where it is clamped
+            p.data.copy_(torch.linspace(1, 5, len(p)).view(p.shape))
+    return model
+
+
+def image(batch=2, size=(14, 10)):
+    return random_tensor((batch, 3, *((size, size) if isinstance(size, int) else size)), 99)
+
+
+def blocks(model):
+    return [block for stage in getattr(model, "layers", None) or model.stages for block in stage.blocks]
+
+
+def results(model, x):
+    """Output, and the gradients of the input and of every parameter."""
+    x = x.detach().requires_grad_()
+    out = model(x)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(out, [x, *parameters], random_tensor(out.shape, 7).to(out))
+    return {"out": out.detach(), **dict(zip(("x", *names), grads, strict=True))}
+
+
+def assert_same(actual, model, x):
+    """``actual`` is as exact as the unpatched ``model`` at ``x``. Errors are relative to a tensor's largest value.
+
+    It is the rule of ``assert_accurate``, but with the plain error of the model's worst tensor for each tensor: what
+    reaches a tensor through the rest of a model is rounding, by luck smaller in the one or in the other. In float64
+    the two differ by rounding alone.
+    """
+    plain, exact = results(model, x), results(copy.deepcopy(model).double(), x.double())
+    assert list(actual) == list(plain)
+    sizes = {name: float(y.abs().max()) for name, y in exact.items()}
+    top = max(sizes.values())
+    # V2-CR has a bias that softmax takes out again: its gradient is nothing but rounding
+    sizes = {name: size if size > 1e-9 * top else top for name, size in sizes.items()}
+
+    def error(of, name):
+        return float((of[name].double() - exact[name]).abs().max() / sizes[name])
+
+    allowed = 2 * max(error(plain, name) for name in plain) + torch.finfo(x.dtype).eps
+    assert allowed < 1e-4
+    if x.dtype == torch.float64:
+        allowed = 1e-12
+    wrong = {name: error(actual, name) for name in plain if not error(actual, name) <= allowed}
+    assert not wrong, f"allowed {allowed:.1e}, off by {wrong}"
+
+
+def count_calls(monkeypatch, module, names):
+    """How often each of ``module``'s functions is called from now on."""
+    counts = dict.fromkeys(names, 0)
+    for name in names:
+        f = getattr(module, name)
+
+        def counted(*args, f=f, name=name):
+            counts[name] += 1
+            return f(*args)
+
+        monkeypatch.setattr(module, name, counted)
+    return counts
