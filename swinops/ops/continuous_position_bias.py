@@ -179,3 +179,18 @@ def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("swinops::continuous_position_bias", _gradient, setup_context=_context)
 torch.library.register_autograd("swinops::continuous_position_bias_backward", _no_second_gradient)
+
+
+def register_autocast(op: str, key: str) -> None:
+    """Autocast casts nothing, neither the weights nor, below this key, what the reference multiplies."""
+
+    @torch.library.impl(f"swinops::{op}", key)
+    def leave(*arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            outputs: tuple[Tensor, ...] = getattr(torch.ops.swinops, op)(*arguments)
+        return outputs
+
+
+for key in ("AutocastCPU", "AutocastCUDA"):
+    register_autocast("continuous_position_bias", key)
+    register_autocast("continuous_position_bias_backward", key)
