@@ -8,6 +8,7 @@ from torch import nn
 
 from swinops import (
     add_layer_norm,
+    continuous_position_bias,
     layer_norm,
     layer_norm_add,
     patch_merging_norm,
@@ -82,6 +83,22 @@ class PositionBias(Partition):
         return relative_position_bias(x, (2, 3), backend=self.backend)
 
 
+class ContinuousPositionBias(nn.Module):
+    """The last weights are the input, for their heads can be any number."""
+
+    def __init__(self, backend: str, device: torch.device):
+        super().__init__()
+        self.backend = backend
+        self.w1 = nn.Parameter(random_tensor((5, 2), 1, device=device))
+        self.b1 = nn.Parameter(random_tensor((5,), 2, device=device))
+
+    def forward(self, x):
+        return torch.ops.swinops.continuous_position_bias(self.w1, self.b1, x, [2, 3], [4, 4], True, self.backend)[0]
+
+    def public(self, x):
+        return continuous_position_bias(self.w1, self.b1, x, (2, 3), 4, backend=self.backend)
+
+
 class LayerNorm(nn.Module):
     channels = 5
 
@@ -151,6 +168,10 @@ def table(height, width, batch, device):
     return random_tensor((15, height + batch), 0, device=device)
 
 
+def weights(height, width, batch, device):
+    return random_tensor((height + batch, 5), 0, device=device)
+
+
 # op -> module, input of a size and batch, axis that batch or heads lie on
 OPS = {
     "window_partition": (Partition, image, 0),
@@ -158,6 +179,7 @@ OPS = {
     "window_attention": (Attention, packed, 0),
     "window_attention_qkvpacked": (PackedAttention, packed, 0),
     "relative_position_bias": (PositionBias, table, 1),
+    "continuous_position_bias": (ContinuousPositionBias, weights, 0),
     "layer_norm": (LayerNorm, image, 0),
     "add_layer_norm": (AddLayerNorm, image, 0),
     "layer_norm_add": (LayerNormAdd, image, 0),
@@ -195,6 +217,7 @@ def test_registration(op, backend, device):
         "window_partition": lambda x: (x, [2, 3], [1, 1], backend),
         "window_merge": lambda x: (x.flatten(0, 2), [4, 9], [1, 1], backend),
         "relative_position_bias": lambda x: (x, [2, 3], backend),
+        "continuous_position_bias": lambda x: (*parameters, x, [2, 3], [4, 4], True, backend),
         "window_attention": lambda x: (*x.unbind(3), *parameters, [2, 3], [1, 1], None, "roll_pad", -100.0, backend),
         "window_attention_qkvpacked": lambda x: (x, *parameters, [2, 3], [1, 1], 0.3, "pad_roll", -100.0, backend),
         "layer_norm": lambda x: (x, *parameters, 1e-5, torch.bfloat16, backend),
@@ -225,6 +248,16 @@ def test_registration_of_backward(op, grads, backend, device):
     torch.library.opcheck(
         backward, (torch.ones_like(out), out, lse, list(grads), *inputs, *settings), test_utils=checks
     )
+
+
+@pytest.mark.parametrize("op", ["continuous_position_bias"])
+def test_registration_of_the_backward_of_a_network(op, backend, device):
+    module, x = make(op, backend, device)
+    arguments = *(p.detach() for p in module.parameters()), x, [2, 3], [4, 4], True, backend
+    bias, table = getattr(torch.ops.swinops, op)(*arguments)
+    backward = getattr(torch.ops.swinops, f"{op}_backward")
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(backward, (bias.transpose(1, 2), table, *arguments), test_utils=checks)
 
 
 @pytest.mark.parametrize("grads", [(True, True), (False, True), (True, False), (False, False)], ids=str)
