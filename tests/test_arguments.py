@@ -7,6 +7,7 @@ import torch
 
 from swinops import (
     add_layer_norm,
+    continuous_position_bias,
     layer_norm,
     layer_norm_add,
     patch_merging_norm,
@@ -100,6 +101,78 @@ POSITION_BIAS = {
     ),
     "window of floats": (dict(window_size=4.0), TypeError, "window_size must be an int"),
     "window of strings": (dict(window_size="44"), TypeError, "window_size must be an int"),
+    "backend": (dict(backend="numpy"), ValueError, "backend must be 'auto' or one of"),
+}
+WEIGHTS = dict(w1=torch.ones(6, 2), b1=torch.ones(6), w2=torch.ones(3, 6))
+CONTINUOUS_POSITION_BIAS = {
+    "w1's rank": (
+        dict(w1=torch.ones(6)),
+        ValueError,
+        "w1 must be [hidden, 2] with at least one hidden unit, got (6,)",
+    ),
+    "w1's coordinates": (dict(w1=torch.ones(6, 3)), ValueError, "w1 must be [hidden, 2] with at least one hidden unit"),
+    "no hidden units": (dict(w1=torch.ones(0, 2)), ValueError, "w1 must be [hidden, 2] with at least one hidden unit"),
+    "b1's hidden size": (
+        dict(b1=torch.ones(5)),
+        ValueError,
+        "b1 must be [hidden] = (6,), as w1 is [hidden, 2], got (5,)",
+    ),
+    "b1's rank": (dict(b1=torch.ones(1, 6)), ValueError, "b1 must be [hidden] = (6,)"),
+    "w2's hidden size": (
+        dict(w2=torch.ones(3, 5)),
+        ValueError,
+        "w2 must be [heads, 6], as w1 is [6, 2], got (3, 5)",
+    ),
+    "w2's rank": (dict(w2=torch.ones(6)), ValueError, "w2 must be [heads, 6], as w1 is [6, 2], got (6,)"),
+    "b1's dtype": (
+        dict(b1=torch.ones(6).half()),
+        TypeError,
+        "b1 must have the dtype of w1, torch.float32, got torch.float16",
+    ),
+    "w2's dtype": (dict(w2=torch.ones(3, 6).double()), TypeError, "w2 must have the dtype of w1, torch.float32"),
+    "integers": (dict(w1=torch.ones(6, 2).int()), TypeError, "w1 must have a floating-point dtype, got torch.int32"),
+    "8 bits": (
+        {name: x.to(torch.float8_e4m3fn) for name, x in WEIGHTS.items()},
+        TypeError,
+        "w1 must have a floating-point dtype of 16 bits or more, got torch.float8_e4m3fn",
+    ),
+    "b1's device": (
+        dict(b1=torch.ones(6, device="meta")),
+        ValueError,
+        "b1 must be on the device of w1, cpu, got meta",
+    ),
+    "w2's device": (dict(w2=torch.ones(3, 6, device="meta")), ValueError, "w2 must be on the device of w1, cpu"),
+    "window 0": (
+        dict(window_size=(4, 0)),
+        ValueError,
+        "window_size must be at least 1 on each of the two axes, got (4, 0)",
+    ),
+    "window for 3 axes": (
+        dict(window_size=(2, 4, 4)),
+        ValueError,
+        "window_size must be an int or one int for each of the 2 spatial axes, got (2, 4, 4)",
+    ),
+    "window of floats": (dict(window_size=4.0), TypeError, "window_size must be an int"),
+    "pretrained window 0": (
+        dict(pretrained_window_size=0),
+        ValueError,
+        "pretrained_window_size must be at least 1 on each of the two axes, got (0, 0)",
+    ),
+    "pretrained window -1": (
+        dict(pretrained_window_size=(4, -1)),
+        ValueError,
+        "pretrained_window_size must be at least 1 on each of the two axes, got (4, -1)",
+    ),
+    "pretrained window for 3 axes": (
+        dict(pretrained_window_size=(4, 4, 4)),
+        ValueError,
+        "pretrained_window_size must be an int or one int for each of the 2 spatial axes",
+    ),
+    "pretrained window of strings": (
+        dict(pretrained_window_size="8"),
+        TypeError,
+        "pretrained_window_size must be an int",
+    ),
     "backend": (dict(backend="numpy"), ValueError, "backend must be 'auto' or one of"),
 }
 SHAPE = (1, 6, 5, 2, 8)
@@ -314,6 +387,7 @@ OPS = {
     window_partition: (dict(x=torch.ones(1, 8, 8, 3), window_size=4), PARTITION),
     window_merge: (dict(windows=torch.ones(4, 4, 4, 3), image_size=(8, 8)), MERGE),
     relative_position_bias: (dict(table=torch.ones(49, 2), window_size=4), POSITION_BIAS),
+    continuous_position_bias: ({**WEIGHTS, "window_size": 4}, CONTINUOUS_POSITION_BIAS),
     window_attention: ({**dict.fromkeys("qkv", torch.ones(SHAPE)), "window_size": 4}, ATTENTION),
     window_attention_qkvpacked: (dict(qkv=torch.ones(1, 6, 5, 3, 2, 8), window_size=4), PACKED),
     layer_norm: (ROWS, {**NORM, **DTYPE}),
@@ -359,6 +433,11 @@ def test_rejects_a_wrong_gradient():
         torch.ops.swinops.window_attention_backward(out[..., 1:], out, lse, [False, False], q, q, q, *settings)
     with pytest.raises(ValueError, match=r"dbias must be \[heads, 16, 16\] for the window \(4, 4\), got \(2, 16\)"):
         torch.ops.swinops.relative_position_bias_backward(torch.ones(2, 16), [4, 4], "reference")
+    network = (*WEIGHTS.values(), [4, 4], [4, 4], True, "reference")
+    with pytest.raises(ValueError, match="dbias must have a matrix for each of the 3 heads of w2, got 2"):
+        torch.ops.swinops.continuous_position_bias_backward(torch.ones(2, 16, 16), torch.ones(49, 3), *network)
+    with pytest.raises(ValueError, match=r"table must be \[49, 3\], as forward returned it, got \(3, 49\)"):
+        torch.ops.swinops.continuous_position_bias_backward(torch.ones(3, 16, 16), torch.ones(3, 49), *network)
     x, mean = torch.ones(2, 3, 4), torch.ones(2, 3)
     saved = (mean, mean, None, None, False, False, "reference")
     ops = torch.ops.swinops

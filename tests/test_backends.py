@@ -13,7 +13,7 @@ from swinops import backends, reference, window_attention, window_partition
 from swinops.testing import random_tensor
 
 OPS = [
-    "window_partition", "window_merge", "relative_position_bias", "window_attention",
+    "window_partition", "window_merge", "relative_position_bias", "continuous_position_bias", "window_attention",
     "layer_norm", "add_layer_norm", "layer_norm_add", "patch_merging_norm",
 ]  # fmt: skip
 ON_CUDA = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 4, 1, 8))
@@ -96,6 +96,14 @@ def test_triton_says_what_it_cannot(x, reason, device):
     x = x.to(device)
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run window_attention: .*{reason}"):
         window_attention(x, x, x, window_size=2, backend="triton")
+
+
+def test_triton_computes_no_bias_in_float64(device):
+    pytest.importorskip("triton")
+    weights = (torch.ones(shape, dtype=torch.float64, device=device) for shape in ((4, 2), (4,), (1, 4)))
+    reason = "takes float32, float16 and bfloat16, not torch.float64"
+    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run continuous_position_bias: .*{reason}"):
+        swinops.continuous_position_bias(*weights, 2, backend="triton")
 
 
 @pytest.mark.parametrize("op", [swinops.layer_norm, swinops.patch_merging_norm], ids=lambda op: op.__name__)
