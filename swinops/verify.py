@@ -30,6 +30,7 @@ from swinops.testing import (
     accuracies,
     as_tuple,
     attention_inputs,
+    continuous_position_bias_inputs,
     differentiate,
     partition_inputs,
     position_bias_inputs,
@@ -179,6 +180,50 @@ def position_bias(shape: PositionBias, dtype: torch.dtype, device: torch.device)
     return Check(op, partial(reference.relative_position_bias, window=window), {"table": table}, dbias, ("out",))
 
 
+class ContinuousPositionBias(NamedTuple):
+    window: tuple[int, int]
+    heads: int
+    hidden: int = 512
+    pretrained: tuple[int, int] | None = None
+    log_spaced: bool = True
+
+    def __str__(self) -> str:
+        text = f"window {times(self.window)}, {self.heads} heads, {self.hidden} hidden units"
+        if self.pretrained:
+            text += f", pretrained {times(self.pretrained)}"
+        return text if self.log_spaced else f"{text}, linear-spaced"
+
+
+CONTINUOUS_POSITION_BIAS = (
+    ContinuousPositionBias((1, 1), 3, 16),
+    ContinuousPositionBias((1, 5), 2, 70),
+    ContinuousPositionBias((4, 3), 2, 33, (6, 1)),
+    ContinuousPositionBias((5, 4), 2, 20, log_spaced=False),
+    ContinuousPositionBias((6, 6), 3, 100, (4, 4)),
+    ContinuousPositionBias((3, 5), 18),
+    ContinuousPositionBias((8, 8), 3),
+    ContinuousPositionBias((8, 8), 24),
+    ContinuousPositionBias((12, 12), 6, 384),
+    ContinuousPositionBias((16, 16), 4),
+    ContinuousPositionBias((16, 16), 8, pretrained=(12, 12)),
+    ContinuousPositionBias((24, 24), 2, pretrained=(12, 12)),
+)
+
+
+def continuous_position_bias(shape: ContinuousPositionBias, dtype: torch.dtype, device: torch.device) -> Check:
+    window, heads, hidden, pretrained, log_spaced = shape
+    weights, dbias = continuous_position_bias_inputs(window, hidden=hidden, heads=heads, dtype=dtype, device=device)
+    settings = window, pretrained or window, log_spaced
+
+    def definition(w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+        return reference.continuous_position_bias(w1, b1, w2, *settings)[0]
+
+    op = partial(
+        swinops.continuous_position_bias, window_size=window, pretrained_window_size=pretrained, log_spaced=log_spaced
+    )
+    return Check(op, definition, weights, dbias)
+
+
 class Norm(NamedTuple):
     space: tuple[int, ...]
     channels: int
@@ -256,6 +301,7 @@ OPS: dict[str, tuple[Sequence[Any], Callable[..., Check]]] = {
     "window_partition": (PARTITION, partial(partition, merge=False)),
     "window_merge": (PARTITION, partial(partition, merge=True)),
     "relative_position_bias": (POSITION_BIAS, position_bias),
+    "continuous_position_bias": (CONTINUOUS_POSITION_BIAS, continuous_position_bias),
     **{name: (NORM, partial(norm, name=name)) for name in ("layer_norm", "add_layer_norm", "layer_norm_add")},
     "patch_merging_norm": (MERGING, partial(norm, name="patch_merging_norm")),
 }
