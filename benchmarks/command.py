@@ -24,6 +24,7 @@ BENCHMARKS = {  # of each op, the file of this folder
     "window_partition": "cyclic_shift",
     "window_merge": "cyclic_shift",
     "relative_position_bias": "relative_position_bias",
+    "continuous_position_bias": "continuous_position_bias",
     "window_attention": "window_attention",
     "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
