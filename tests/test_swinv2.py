@@ -216,10 +216,10 @@ def test_autocast(training):
     with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
         logits = model(x)
     found = calls.of("cosine_attention_qkvpacked")
-    assert len(found) == 4
-    for qkv, *tensors in (args[:4] for args in found):
+    for attn, (qkv, scale, bias, pad_kv, *_) in zip(attentions(model), found, strict=True):
         assert qkv.dtype == torch.bfloat16
-        assert [y.dtype for y in tensors] == [torch.float32] * 3
+        assert scale.dtype == pad_kv.dtype == torch.float32
+        assert torch.equal(bias, attn.position_bias())
     assert stream == [torch.float32] * 6 and logits.dtype == torch.bfloat16
     logits.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
@@ -305,6 +305,23 @@ def in_place(attn):
         attn.cpb_mlp[0].bias.add_(1)
 
 
+def alias(attn):
+    """Another parameter of the same memory, with as many changes counted."""
+    old = attn.cpb_mlp[2].weight
+    attn.cpb_mlp[2].weight = nn.Parameter(old.data)
+    with torch.no_grad():
+        while attn.cpb_mlp[2].weight._version < old._version:
+            attn.cpb_mlp[2].weight.add_(1)
+
+
+def reallocate(attn):
+    """Other numbers, for which the allocator has most likely the memory that was just given back."""
+    weight = attn.cpb_mlp[2].weight
+    numbers = (weight.detach() + 1).tolist()
+    weight.data = torch.empty(0)
+    weight.data = torch.tensor(numbers)
+
+
 CHANGES = {
     "sgd": optimise(torch.optim.SGD),
     "sgd foreach": optimise(torch.optim.SGD, foreach=True),
@@ -314,6 +331,8 @@ CHANGES = {
     "replaced": replace,
     "data": lambda attn: setattr(attn.cpb_mlp[0].weight, "data", attn.cpb_mlp[0].weight.data + 1),
     "unseen": write_unseen,
+    "alias": alias,
+    "reallocated": reallocate,
     "load": lambda attn: attn.load_state_dict(randomise(copy.deepcopy(attn), seed=1).state_dict()),
     "assign": lambda attn: attn.load_state_dict(randomise(copy.deepcopy(attn), seed=1).state_dict(), assign=True),
     "half": lambda attn: attn.half(),
@@ -399,10 +418,15 @@ def test_tracers_leave_the_bias_alone():
         replaced = torch.func.functional_call(attn, dict(other.named_parameters()), x)
         assert torch.equal(replaced, other(x))
         assert torch.equal(torch.func.functional_call(attn, other.state_dict(), x), other(x))
-        assert torch.equal(attn(x), expected)
+        states = [attn.state_dict(), other.state_dict()]
+        stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        outputs = torch.func.vmap(lambda state: torch.func.functional_call(attn, state, x))(stacked)
+        torch.testing.assert_close(outputs, torch.stack([expected, replaced]))
+        assert attn.cached_bias is None and torch.equal(attn(x), expected)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             attn(mode.from_tensor(x))
             attn.eval()(mode.from_tensor(x))
+        assert attn.cached_bias is None
         assert torch.equal(attn(x), expected) and torch.equal(attn.position_bias(), bias)
         traced = torch.jit.trace(Biased(attn), zero)
         program = torch.export.export(attn, (x,)).module()
