@@ -38,7 +38,8 @@ class SwinV2Block(CosineBlock):
 
     timm adds the projection's bias itself, to ``qkv.weight`` times x unless ``qkv_bias_separate``; so does this class,
     and what is added to ``qkv`` has the effect that it has in timm. The network of the position bias runs as one op
-    where it is timm's own, and is called as a module where it is not.
+    where it is timm's own, and is called as a module where it is not. In half precision the op's coordinates are
+    float32, where timm has rounded them.
     """
 
     MODULE = "timm.models.swin_transformer_v2"
