@@ -72,7 +72,8 @@ WIDE = 16  # bytes of a 128-bit access
 LATENCY = 800e-9  # seconds from a load to its value in a loaded device
 FORWARD = ("window_attention", "cosine_attention")
 ATTENTION = (*FORWARD, *(f"{op}_backward" for op in FORWARD))
-BIAS = ("relative_position_bias", "relative_position_bias_backward")
+CONTINUOUS_BIAS = ("continuous_position_bias", "continuous_position_bias_backward")
+BIAS = ("relative_position_bias", "relative_position_bias_backward", *CONTINUOUS_BIAS)
 # the tensors that hold vectors of channels, by the names of the kernels' arguments without _ptr
 NORM_VECTORS = {
     "layer_norm": {"x", "y"},
@@ -432,7 +433,7 @@ class Turns(NamedTuple):
 
 
 def turns(launch: Launch) -> Turns | None:
-    """Known for the package's kernels, None for others."""
+    """Known for the package's kernels, but for one that has two loops side by side; None for others."""
     tokens = math.prod(launch.arguments.get("WINDOW", (1,)))
 
     def tiles(block: str) -> int:
@@ -450,6 +451,10 @@ def turns(launch: Launch) -> Turns | None:
         return Turns(False, ())
     if launch.name == "_reduce_kernel":
         return Turns(False, (tiles("BLOCK_I"),))
+    if launch.name == "_weights_kernel":
+        rows = launch.arguments["table_ptr"].shape[0]
+        blocks = (launch.arguments["heads"], "BLOCK_H"), (rows, "BLOCK_R")
+        return Turns(False, tuple(math.ceil(n / launch.arguments[block]) for n, block in blocks))
     if launch.name in NORM_KERNELS:
         length = launch.arguments["length"]
         return Turns(True, (1,), length / math.ceil(length / launch.arguments["BLOCK_M"]))
@@ -648,6 +653,11 @@ class Case(Call):
             launch(torch.empty((2 * self.window - 1) ** 2, heads), window)
         elif self.op == "relative_position_bias_backward":
             launch(torch.empty(heads, tokens, tokens), window)
+        elif self.op in CONTINUOUS_BIAS:
+            weights = torch.empty(512, 2), torch.empty(512), torch.empty(heads, 512)
+            table = torch.empty((2 * self.window - 1) ** 2, heads)
+            gradient = (torch.empty(heads, tokens, tokens), table) if self.op.endswith("backward") else ()
+            launch(*gradient, *weights, window, window, True)
         elif self.op == "window_partition":
             launch(torch.empty(self.batch, n, n, heads * self.head_dim, dtype=dtype), window, shift)
         elif self.op == "window_merge":
@@ -773,7 +783,10 @@ class Failure(NamedTuple):
 
 
 def failures(case: Call, rows: Sequence[Row]) -> list[Failure]:
-    """The bars that an op's kernels miss. Of float32, and of the ops that only move data, only that a block fits."""
+    """The bars that an op's kernels miss.
+
+    Of float32, and of the ops that only move data, only that a block fits; of the continuous bias the stack too.
+    """
     found: list[Failure] = []
 
     def bar(name: str, row: Row, passes: bool, value: object, limit: object) -> None:
@@ -782,6 +795,8 @@ def failures(case: Call, rows: Sequence[Row]) -> list[Failure]:
 
     for row in rows:
         bar("resources", row, row.blocks_per_sm > 0, f"no block fits, by {row.limited_by}", "1 block on an SM")
+        if case.op in CONTINUOUS_BIAS:
+            bar("stack", row, row.stack <= STACK_LIMIT, f"{row.stack} bytes", f"{STACK_LIMIT} bytes")
         if case.op not in VECTORS or case.dtype == "float32":
             continue
         bar("stack", row, row.stack <= STACK_LIMIT, f"{row.stack} bytes", f"{STACK_LIMIT} bytes")

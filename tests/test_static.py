@@ -168,7 +168,7 @@ def test_kernels_pass_the_bars(tmp_path):
     rows = written["rows"]
     attention = [row for row in rows if row["case"]["op"] in static.ATTENTION]
     measured = {(row["arch"], row["case"]["op"], row["case"]["window"], row["case"]["shift"] > 0) for row in attention}
-    assert len(measured) == 2 * 2 * 2 * 2
+    assert len(measured) == 2 * len(static.ATTENTION) * 2 * 2
     norms = [row for row in rows if row["kernel"] in static.NORM_KERNELS]
     assert {(row["arch"], row["case"]["op"], row["case"]["stream"]) for row in norms} == {
         (arch, op, stream) for arch in (80, 90) for op in NORMS for stream in ("bfloat16", "float32")
@@ -180,6 +180,20 @@ def test_kernels_pass_the_bars(tmp_path):
         assert row["bytes_in_flight"] > 0
         assert row["hot_loop"][0] >= row["hot_loop"][1] > 0
         assert "?" not in row["accesses"]
+
+
+def test_kernels_of_the_continuous_bias(tmp_path):
+    report = tmp_path / "static.json"
+    done = compiling_process(
+        *("-m", "swinops.benchmarks.static", "--arch", "90", "--window", "8", "12", "--jobs", "2"),
+        *("--op", *static.CONTINUOUS_BIAS, "--json", str(report)),
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["kernel"] for row in rows] == ["_bias_kernel"] * 2 + ["_reduce_kernel", "_weights_kernel"] * 2
+    assert all(row["stack"] <= static.STACK_LIMIT and "?" not in row["accesses"] for row in rows)
+    # of two loops side by side the turns are not known
+    assert all((row["issue_ns"] is None) == (row["kernel"] == "_bias_kernel") for row in rows)
 
 
 def test_command_fails_where_a_bar_does(tmp_path):
