@@ -14,7 +14,7 @@ class SwinTransformerV2(SwinBase):
     The huge and the giant model were never released, and the paper leaves two things open. Their heads are taken to
     have 32 channels, as in all others: 11, 22, 44, 88 and 16, 32, 64, 128 heads (MMPretrain's huge model has 8, 16, 32,
     64). The "layer normalization layer on the main branch every 6 layers" is counted within each stage, as MMPretrain
-    and timm count it, so that no two norms meet: three in the huge model and seven in the giant, all in the third stage.
+    and timm count it, so that no two norms meet: three in the huge and seven in the giant model, in stage 3.
 
     Args:
         pretrained_window_sizes: The windows that the position bias was trained with, one for each stage, an int or
