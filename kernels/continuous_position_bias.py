@@ -1,10 +1,10 @@
 """Continuous position bias: a small network of the offset between two tokens, written to every pair that has it.
 
-Forward is one kernel. A program evaluates the network at BLOCK_R offsets, whose coordinates it computes from their
-numbers, for one head, and stores each result to all its pairs: the network costs less than the bytes of the bias.
+Forward is one kernel. A program evaluates the network at BLOCK_R offsets for BLOCK_H heads, from the numbers of the
+offsets alone, and stores each result to all its pairs: the network costs less than the bytes of the bias.
 
-Backward sums the bias's gradient back to the offsets as that of the relative position bias. A second kernel owns
-BLOCK_K hidden units a program, for every head and offset: the sums stay in registers, and nothing is added twice.
+Backward sums the bias's gradient back to the offsets, as that of the relative position bias does. A program of the
+second kernel then owns BLOCK_K hidden units, at all offsets and for all heads, so that no sum crosses programs.
 """
 
 import math
