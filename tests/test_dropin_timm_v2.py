@@ -224,10 +224,14 @@ class Lora(nn.Module):
 
 
 class TestQkvOfV2:
-    def test_separate_bias(self):
+    @pytest.mark.parametrize("two", [False, True])
+    def test_separate_bias(self, two):
+        """Also beside a bias of the projection's own."""
         model, x = example("v2", "pads")
         for b in blocks(model):
             b.attn.qkv_bias_separate = True
+            b.attn.qkv = nn.Linear(b.dim, 3 * b.dim, bias=two)
+        randomise(model)
         with swinops.patched(model, "reference"):
             actual = results(model, x)
         assert_same(actual, model, x)
