@@ -27,7 +27,7 @@ class Block(Swapped):
     KEPT = ("get_attn_mask",)
     COMPANION = False
     ATTENTION: ClassVar[str]  # the class of attn
-    BYPASSED: ClassVar[tuple[str, ...]] = ("attn", "attn.softmax", "attn.attn_drop")  # modules that are not called
+    BYPASSED: ClassVar[tuple[str, ...]] = ("softmax", "attn_drop")  # modules of attn that are not called, nor attn is
     SIZE: ClassVar[str] = "input_resolution"  # the attribute with the image size of attn_mask
 
     __constants__: ClassVar[tuple[str, ...]] = ("own_in_script",)
@@ -54,15 +54,18 @@ class Block(Swapped):
 
     @classmethod
     def why_own(cls, block: Any, backend: str) -> str | None:
-        reason: str | None = cls.why_not_plain(block.attn)
+        attn = block.attn
+        reason: str | None = cls.why_not_plain(attn)
         if reason is not None:
             return reason
+        if hooked(attn):
+            return "attn has hooks, and the op does not call it"
         for name in cls.BYPASSED:
-            if hooked(block.get_submodule(name)):
-                return f"{name} has hooks, and the op does not call it"
+            if hooked(getattr(attn, name)):
+                return f"attn.{name} has hooks, and the op does not call it"
         # timm's fused attention goes by attn.training, its plain one by that of attn_drop
-        drop = block.attn.attn_drop
-        if getattr(drop, "p", 0.0) > 0 and (block.attn.training or drop.training):
+        drop = attn.attn_drop
+        if getattr(drop, "p", 0.0) > 0 and (attn.training or drop.training):
             return "attention dropout in training, which the op does not have"
         if backend != "auto":
             return None
@@ -80,7 +83,7 @@ class Block(Swapped):
             return f"attn is a {found.__name__}, not timm's {cls.ATTENTION}"
         if "forward" in attn.__dict__ or found.forward.__module__ != found.__module__:
             return "the forward of attn was replaced"
-        if "attn.softmax" in cls.BYPASSED and (type(attn.softmax) is not nn.Softmax or attn.softmax.dim != -1):
+        if "softmax" in cls.BYPASSED and (type(attn.softmax) is not nn.Softmax or attn.softmax.dim != -1):
             return f"attn.softmax is a {type(attn.softmax).__name__}, not a Softmax over the last axis"
         if type(attn.attn_drop) not in (nn.Dropout, nn.Identity):
             return f"attn.attn_drop is a {type(attn.attn_drop).__name__}, not a Dropout"

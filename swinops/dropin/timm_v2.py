@@ -156,7 +156,7 @@ class SwinV2CrBlock(CosineBlock):
     )  # fmt: skip
     OVERRIDES = ("_shifted_window_attn",)
     ATTENTION = "WindowMultiHeadAttention"
-    BYPASSED = ("attn", "attn.attn_drop")
+    BYPASSED = ("attn_drop",)
     SIZE = "feat_size"
 
     library_shifted_window_attn: Callable[[Tensor], Tensor]
