@@ -26,6 +26,7 @@ BENCHMARKS = {  # of each op, the file of this folder
     "relative_position_bias": "relative_position_bias",
     "continuous_position_bias": "continuous_position_bias",
     "window_attention": "window_attention",
+    "cosine_attention": "cosine_attention",
     "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
     "layer_norm_add": "layer_norm",
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops.add_argument("--full", action="store_true", help="on a GPU also larger windows")
     ops.set_defaults(run=partial(run, ops, ("ops",)))
     models = parts.add_parser("models", help="whole models", epilog=MODELS_EXAMPLE, allow_abbrev=False, **options)
-    models.description = "timm's Swin as it is, after patch, and this package's model with the same parameters."
+    models.description = "timm's Swins as they are, after patch, and this package's models with the same parameters."
     add_common(models)
     add_model(models, several=True)
     models.set_defaults(compiled=False, run=partial(run, models, ("models",)))
@@ -93,7 +94,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, several: bool) -> None:
     nargs = {"nargs": "+"} if several else {}
-    parser.add_argument("--model", "-m", **nargs, metavar="NAME", help="of timm's Swin (swin_tiny_patch4_window7_224)")
+    parser.add_argument(
+        "--model", "-m", **nargs, metavar="NAME", help="of timm's Swin and Swin V2 (a tiny one of each)"
+    )
     parser.add_argument(
         "--batch-size", "-b", type=positive, metavar="N", help="halved while out of memory (1, or 128 on a GPU)"
     )
@@ -271,7 +274,11 @@ def make_subjects(arguments: argparse.Namespace, device: torch.device) -> "list[
     modes = [mode for mode, name in (("infer", "inference"), ("train", "train")) if wanted in (name, "both")]
     usual = {"infer": "bfloat16", "train": "amp"} if gpu else dict.fromkeys(models.MODES, "float32")
     cut = models.CUT if quick and not arguments.checkpoint else {}
-    names = [arguments.model or models.MODEL] if not isinstance(arguments.model, list) else arguments.model
+    names = [arguments.model] if isinstance(arguments.model, str) else arguments.model
+    if not names and arguments.checkpoint:
+        names = models.SMALL[:1]
+    elif not names:
+        names = models.MODELS if gpu else models.SMALL
     subjects = []
     for name in dict.fromkeys(names):
         size = arguments.img_size or (56 if quick else size_in(name) or 224)
@@ -293,8 +300,8 @@ def make_subjects(arguments: argparse.Namespace, device: torch.device) -> "list[
 
 def size_in(name: str) -> int | None:
     """The image size that timm puts at the end of a model's name."""
-    match = re.search(r"_(\d{3})(\.|$)", name)
-    return int(match[1]) if match else None
+    match = re.search(r"_(\d+to)?(\d{3})(\.|$)", name)
+    return int(match[2]) if match else None
 
 
 @contextmanager

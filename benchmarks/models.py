@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,8 +34,10 @@ from swinops.benchmarks.harness import (
     with_range,
 )
 
-MODEL = "swin_tiny_patch4_window7_224"
+SMALL = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")  # what a CPU is measured on
+MODELS = (*SMALL, "swinv2_base_window16_256")
 CUT = {"embed_dim": 32, "depths": (2, 1), "num_heads": (2, 4), "window_size": 7, "num_classes": 100}  # for --quick
+MODULES = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")  # of timm
 TIMM = "timm"
 CHUNK = 16  # images at a time in float64, whose scores are large
 MODES = {"infer": "inference", "train": "training step"}
@@ -136,7 +139,7 @@ def create(name: str, img_size: int, checkpoint: str | None = None, **options: A
         ValueError: there is no such Swin, it takes no such size, or the checkpoint cannot be loaded.
     """
     timm = import_timm()
-    known = timm.list_models(module="swin_transformer")
+    known = [model for module in MODULES for model in timm.list_models(module=module)]
     if name.partition(".")[0] not in known:
         raise ValueError(f"--model must be one of timm's Swin models ({known[0]}, ...), got {name!r}")
     try:
@@ -149,7 +152,7 @@ def create(name: str, img_size: int, checkpoint: str | None = None, **options: A
     if checkpoint is None:
         return randomise(model)
     try:
-        filter_fn = timm.models.swin_transformer.checkpoint_filter_fn
+        filter_fn = sys.modules[type(model).__module__].checkpoint_filter_fn
         timm.models.load_checkpoint(model, checkpoint, filter_fn=filter_fn, weights_only=True)
     except Exception as error:  # unpickling raises anything
         raise ValueError(f"--checkpoint {checkpoint} cannot be loaded into {name}: {reason(error)}") from error
@@ -157,12 +160,17 @@ def create(name: str, img_size: int, checkpoint: str | None = None, **options: A
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter at random, norms, bias tables and head too: at first little depends on the attention."""
+    """Every parameter at random, norms, bias tables and head too: at first little depends on the attention.
+
+    Scales of cosine attention are around 10, where training starts, and some are clamped.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("relative_position_bias_table"):
             value = noise
+        elif name.endswith("logit_scale"):
+            value = noise + 2.3
         elif parameter.dim() > 1:
             value = noise * parameter[0].numel() ** -0.5
         else:

@@ -43,7 +43,8 @@ def logits_on_photograph(model: nn.Module, x: Tensor, names: list[str]) -> dict[
     exact = copy.deepcopy(model).double()(x.double())
     without = copy.deepcopy(model)
     for name, parameter in without.named_parameters():
-        if name.endswith("relative_position_bias_table"):
+        # of a continuous bias, which is the same everywhere without its network's output
+        if name.endswith(("relative_position_bias_table", "cpb_mlp.2.weight", "meta_mlp.fc2.weight")):
             parameter.zero_()
     rows = []
     for name in names:
@@ -96,7 +97,8 @@ def demonstrate(model: nn.Module, title: str, random: bool, settings: Settings) 
     height, width = model.patch_embed.img_size
     model = copy.deepcopy(model).to(settings.device, settings.dtype)
     x = pixels(height, width).to(settings.device, settings.dtype)
-    runs = [name for name in backends.MODULES if why_not_timed(name, x, "window_attention") is None]
+    attention = "cosine_attention" if any("logit_scale" in name for name in model.state_dict()) else "window_attention"
+    runs = [name for name in backends.MODULES if why_not_timed(name, x, attention) is None]
     settings.bar.set_description("a photograph, before and after patch")
     found = logits_on_photograph(model, x, ["auto", *runs])
     settings.bar.update(1)

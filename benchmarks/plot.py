@@ -1,4 +1,4 @@
-"""One picture of a run: how many times faster than plain PyTorch each op is, and than timm the model."""
+"""One picture of a run: how many times faster than plain PyTorch each op is, and than timm each model."""
 
 import functools
 import textwrap
@@ -40,7 +40,8 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
             names.append(row["impl"])
     modes = [mode for mode in MODES if any(row[f"{mode}_batch_size"] for row in model_rows)]
     ops_height = LINE * sum(len(names) + 2.4 for names in groups.values())
-    models_height = LINE * (len(model_rows) + 2.4)
+    models = list(dict.fromkeys(row["model"] for row in model_rows))
+    models_height = LINE * (len(model_rows) + 2.4 * len(models))
     figure = Figure(figsize=(11, 2.3 + ops_height + models_height), facecolor="white")
     FigureCanvasAgg(figure)
     height = figure.get_figheight()
@@ -64,14 +65,16 @@ def draw(op_rows: Sequence[Mapping[str, Any]], model_rows: Sequence[Mapping[str,
         axes.set_title(f"{direction}, times the speed of eager PyTorch", size=10, color=INK, loc="left")
     for column, mode in enumerate(modes):
         axes = figure.add_axes((0.30 + 0.35 * column, 0.45 / height, 0.33, models_height / height))
-        first = model_rows[0]
-        size, batch = first[f"{mode}_img_size"], first[f"{mode}_batch_size"]
-        title = f"{first['model']}\n{first['param_count']} million parameters, {size} x {size}"
-        lines = [(None, title, None), *((row["impl"], row["impl"], row) for row in model_rows)]
+        lines = []
+        for model in models:
+            rows = [row for row in model_rows if row["model"] == model]
+            size, batch = rows[0][f"{mode}_img_size"], rows[0][f"{mode}_batch_size"]
+            title = f"{model}\n{rows[0]['param_count']} million parameters, {size} x {size}, batch {batch}"
+            lines += [(None, title, None), *((row["impl"], row["impl"], row) for row in rows)]
         speed = f"{mode}_samples_per_sec"
         label = functools.partial(images, key=speed)
         ratios(axes, lines, column == 0, f"{mode}_ratio", label, speed, f"{mode}_status")
-        axes.set_title(f"{MODES[mode]}, batch {batch}, times eager timm", size=10, color=INK, loc="left")
+        axes.set_title(f"{MODES[mode]}, times eager timm", size=10, color=INK, loc="left")
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     return path

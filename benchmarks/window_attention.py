@@ -6,7 +6,7 @@ projection, and here that is q. So each side pays for what it does around its at
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,8 +102,13 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor |
     return flex_attention(*(x.flatten(0, 1) for x in (q, k, v)), score_mod=score).unflatten(0, (-1, nW))
 
 
-def peers(shape: Shape, q: Tensor, settings: Settings) -> dict[str, Implementation]:
-    """What others would run, where the window divides the image."""
+ATTENTIONS = {"timm": timm_attention, "sdpa": sdpa_attention, "flex": flex_attention}
+
+
+def peers(
+    shape: Shape, q: Tensor, settings: Settings, attentions: Mapping[str, Callable[..., Tensor]]
+) -> dict[str, Implementation]:
+    """What others would run, where the window divides the image: timm's formula, SDPA and FlexAttention."""
     if shape.padded:
         return {}
     _, space, _, window, shift, _ = shape
@@ -117,25 +122,24 @@ def peers(shape: Shape, q: Tensor, settings: Settings) -> dict[str, Implementati
         dk, dv = (scatter(results[name], space, window, shift) for name in ("dk", "dv"))
         return {**results, "dk": dk, "dv": dv}
 
-    def around(attention: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, pad_kv: None) -> Tensor:
-        return scatter(attention(gather(q, window, shift), k, v, bias, mask), space, window, shift)
+    def around(attention: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, pad_kv: None, **scale: Tensor) -> Tensor:
+        return scatter(attention(gather(q, window, shift), k, v, bias, mask, **scale), space, window, shift)
 
-    def peer(attention: Any, compiled: bool) -> Implementation:
-        run = functools.partial(around, attention)
+    def peer(name: str, compiled: bool) -> Implementation:
+        run = functools.partial(around, attentions[name])
         mode = settings.compiled if compiled else ""
         return Implementation(settings.compile(run) if compiled else run, pack, unpack, mode)
 
-    found = {"timm": peer(timm_attention, False), "sdpa": peer(sdpa_attention, False)}
+    found = {name: peer(name, False) for name in ("timm", "sdpa")}
     if settings.device.type == "cuda":
-        found["timm-compiled"] = peer(timm_attention, True)
-        found["flex-compiled"] = peer(flex_attention, True)
+        found |= {f"{name}-compiled": peer(name, True) for name in ("timm", "flex")}
     return found
 
 
 def pack_qkv(tensors: Tensors) -> Tensors:
     """q, k, v as one tensor, as a QKV projection leaves them."""
-    qkv = torch.stack([tensors[name] for name in "qkv"], -3)
-    return {"qkv": qkv, "bias": tensors["bias"], "pad_kv": tensors["pad_kv"]}
+    others = {name: x for name, x in tensors.items() if name not in ("q", "k", "v")}
+    return {"qkv": torch.stack([tensors[name] for name in "qkv"], -3), **others}
 
 
 def unpack_qkv(results: Results) -> Results:
@@ -151,22 +155,35 @@ def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, pad_kv: Tensor | N
 
 def cases(settings: Settings) -> Iterator[Case]:
     for shape in shapes(settings):
-        q, k, v, bias, pad_kv, dout = attention_inputs(
-            shape.space,
-            (shape.window, shape.window),
-            batch=shape.batch,
-            heads=shape.heads,
-            head_dim=shape.head_dim,
-            dtype=settings.dtype,
-            pad_kv=shape.padded,
-            device=settings.device,
-        )
-        plain = functools.partial(definition, window=shape.window, shift=shape.shift)
-        ours = functools.partial(swinops.window_attention_qkvpacked, window_size=shape.window, shift_size=shape.shift)
-        found = implementations("window_attention", q, plain, ours, settings, pack=pack_qkv, unpack=unpack_qkv)
-        found |= peers(shape, q, settings)
-        unit = math.prod(q.shape) * q.itemsize
-        # forward: q, k, v in, out out; backward: dout, q, k, v in, dq, dk, dv out; bias and log-sum-exp are small
-        moved = {FORWARD: 4 * unit, BOTH: 11 * unit}
-        tensors = {"q": q, "k": k, "v": v, "bias": bias, "pad_kv": pad_kv}
-        yield Case("window_attention", str(shape), tensors, dout, plain, found, moved)
+        yield case("window_attention", shape, settings, definition, ATTENTIONS)
+
+
+def case(
+    op: str,
+    shape: Shape,
+    settings: Settings,
+    definition: Callable[..., Tensor],
+    attentions: Mapping[str, Callable[..., Tensor]],
+    **scale: Tensor,
+) -> Case:
+    """One shape of ``op``; ``scale`` is the logit_scale of cosine attention."""
+    q, k, v, bias, pad_kv, dout = attention_inputs(
+        shape.space,
+        (shape.window, shape.window),
+        batch=shape.batch,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        dtype=settings.dtype,
+        pad_kv=shape.padded,
+        device=settings.device,
+    )
+    plain = functools.partial(definition, window=shape.window, shift=shape.shift)
+    packed = getattr(swinops, f"{op}_qkvpacked")
+    ours = functools.partial(packed, window_size=shape.window, shift_size=shape.shift)
+    found = implementations(op, q, plain, ours, settings, pack=pack_qkv, unpack=unpack_qkv)
+    found |= peers(shape, q, settings, attentions)
+    unit = math.prod(q.shape) * q.itemsize
+    # forward: q, k, v in, out out; backward: dout, q, k, v in, dq, dk, dv out; bias and log-sum-exp are small
+    moved = {FORWARD: 4 * unit, BOTH: 11 * unit}
+    tensors = {"q": q, "k": k, "v": v, **scale, "bias": bias, "pad_kv": pad_kv}
+    return Case(op, str(shape), tensors, dout, plain, found, moved)

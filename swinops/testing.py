@@ -94,15 +94,19 @@ def accuracies(
 ) -> dict[str, Accuracy]:
     """The accuracy of ``op(**tensors)`` and of each of its gradients, by the rule of ``accuracy``.
 
-    ``definition`` is the op in plain PyTorch. Its error, relative to max|exact|, is the largest of several draws of the
-    same sizes: of one draw of a few hundred numbers the largest error is so much chance that a second plain
-    implementation (exp(s - lse) for softmax) breaks the rule for one float32 tensor in twenty.
+    ``definition`` is the op in plain PyTorch. Its error is the largest of several draws of the same sizes: of one draw
+    of a few hundred numbers the largest error is so much chance that a second plain implementation (exp(s - lse) for
+    softmax) breaks the rule for one float32 tensor in twenty. Every second draw is the same numbers scaled, whose
+    rounding differs and whose worst element does not.
     """
 
     def plain_and_exact(draw: int) -> dict[str, tuple[Tensor, Tensor]]:
-        drawn = {name: None if x is None else shuffled(x, draw * n) for n, (name, x) in enumerate(tensors.items(), 2)}
+        moved = draw % 2 == 1
+        drawn = {
+            name: None if x is None else shuffled(x, draw * n, moved) for n, (name, x) in enumerate(tensors.items(), 2)
+        }
         exact = {name: None if x is None else x.double() for name, x in drawn.items()}
-        gradient = tuple(None if d is None else shuffled(d, draw) for d in as_tuple(dout))
+        gradient = tuple(None if d is None else shuffled(d, draw, moved) for d in as_tuple(dout))
         plain = differentiate(definition, drawn, gradient)
         ideal = differentiate(definition, exact, tuple(None if d is None else d.double() for d in gradient))
         return {name: (plain[name], ideal[name]) for name in ideal}
@@ -114,9 +118,11 @@ def accuracies(
     results = {}
     for name, actual in differentiate(op, tensors, dout).items():
         error, bound = accuracy(actual, *own[name])
+        size = largest(own[name][1])
         for plain, exact in (other[name] for other in others if largest(other[name][1])):
-            relative = 2 * largest(plain - exact) / largest(exact) + torch.finfo(actual.dtype).eps
-            bound = max(bound, relative * largest(own[name][1]))
+            # a sum that is small by chance is not more exact for it
+            scale = max(1.0, size / largest(exact))
+            bound = max(bound, 2 * largest(plain - exact) * scale + torch.finfo(actual.dtype).eps * size)
         results[name] = Accuracy(error, bound)
     return results
 
@@ -134,12 +140,13 @@ def assert_op_accurate(
     assert not wrong, f"{inputs}: {'; '.join(wrong)}"
 
 
-def shuffled(x: Tensor, places: int) -> Tensor:
-    """Other numbers of the same kind: each element of ``x`` moved by ``places``, and all scaled; ``x`` where that is 0.
+def shuffled(x: Tensor, places: int, moved: bool = True) -> Tensor:
+    """Other numbers of the same kind: all of ``x`` scaled, and ``moved`` by ``places``; ``x`` where that is 0.
 
     Scaled, because the error of a norm's one row hardly depends on the order of its numbers.
     """
-    return x.flatten().roll(places).view(x.shape) * (1 - places % 16 / 64) if places else x
+    scaled = x * (1 - places % 16 / 64) if places else x
+    return scaled.flatten().roll(places).view(x.shape) if moved else scaled
 
 
 def random_tensor(
@@ -192,6 +199,16 @@ def attention_inputs(
         optional(pad_kv, (2, heads, head_dim), 6 * seed + 5),
         dout,
     )
+
+
+def logit_scales(
+    heads: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> Tensor:
+    """Of cosine attention, around ln 10, where training starts; of several, the last is clamped. [heads]"""
+    scales = random_tensor((heads,), seed, device=device).clamp(-2, 2) / 2 + 2.3
+    if heads > 1:
+        scales[-1] += 4
+    return scales.to(dtype)
 
 
 def partition_inputs(

@@ -32,6 +32,7 @@ from swinops.testing import (
     attention_inputs,
     continuous_position_bias_inputs,
     differentiate,
+    logit_scales,
     partition_inputs,
     position_bias_inputs,
     random_rows,
@@ -86,29 +87,41 @@ ATTENTION = (
     Attention((8, 9), (8, 8), (4, 4), head_dim=64),
     Attention((24, 12), (12, 12), (6, 6), heads=4),
 )
+# the cosine of one channel is 1 or -1 in every dtype: plain PyTorch's gradient of logit_scale is then exact, by chance
+COSINE = (ATTENTION[0]._replace(head_dim=2), *ATTENTION[1:])
 
 
-def attention(shape: Attention, dtype: torch.dtype, device: torch.device, *, packed: bool) -> Check:
+def attention(shape: Attention, dtype: torch.dtype, device: torch.device, *, name: str, packed: bool) -> Check:
     names = ("heads", "head_dim", "bias", "pad_kv")
     options: dict[str, Any] = {name: getattr(shape, name) for name in names}
     q, k, v, bias, pad_kv, dout = attention_inputs(
         shape.space, shape.window, batch=images(device), dtype=dtype, device=device, **options
     )
-    ours: dict[str, Any] = {"window_size": shape.window, "shift_size": shape.shift, "pad_order": shape.pad_order}
-    settings = shape.window, shape.shift, shape.head_dim**-0.5, shape.pad_order, -100.0
+    settings: dict[str, Any] = {"pad_order": shape.pad_order, "mask_value": -100.0}
+    tensors: dict[str, Tensor | None] = {"bias": bias, "pad_kv": pad_kv}
+    scale = {"scale": shape.head_dim**-0.5}
+    if name == "cosine_attention":
+        tensors, scale = {"logit_scale": logit_scales(shape.heads, device=device), **tensors}, {}
+    op = partial(
+        getattr(swinops, f"{name}_qkvpacked" if packed else name),
+        window_size=shape.window,
+        shift_size=shape.shift,
+        **settings,
+        **scale,
+    )
+    define = partial(getattr(reference, name), window=shape.window, shift=shape.shift, **settings, **scale)
 
-    def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pad_kv: Tensor | None) -> Tensor:
-        return reference.window_attention(q, k, v, bias, pad_kv, *settings)[0]
+    def definition(q: Tensor, k: Tensor, v: Tensor, **learned: Tensor | None) -> Tensor:
+        out: Tensor = define(q, k, v, **learned)[0]
+        return out
 
-    def definition_packed(qkv: Tensor, bias: Tensor | None, pad_kv: Tensor | None) -> Tensor:
+    def definition_packed(qkv: Tensor, **learned: Tensor | None) -> Tensor:
         q, k, v = qkv.unbind(-3)
-        return definition(q, k, v, bias, pad_kv)
+        return definition(q, k, v, **learned)
 
-    others = {"bias": bias, "pad_kv": pad_kv}
     if packed:
-        op = partial(swinops.window_attention_qkvpacked, **ours)
-        return Check(op, definition_packed, {"qkv": torch.stack((q, k, v), -3), **others}, dout)
-    return Check(partial(swinops.window_attention, **ours), definition, {"q": q, "k": k, "v": v, **others}, dout)
+        return Check(op, definition_packed, {"qkv": torch.stack((q, k, v), -3), **tensors}, dout)
+    return Check(op, definition, {"q": q, "k": k, "v": v, **tensors}, dout)
 
 
 class Partition(NamedTuple):
@@ -296,8 +309,11 @@ def norm(shape: Norm, dtype: torch.dtype, device: torch.device, *, name: str) ->
 
 
 OPS: dict[str, tuple[Sequence[Any], Callable[..., Check]]] = {
-    "window_attention": (ATTENTION, partial(attention, packed=False)),
-    "window_attention_qkvpacked": (ATTENTION, partial(attention, packed=True)),
+    **{
+        f"{name}{'_qkvpacked' * packed}": (shapes, partial(attention, name=name, packed=packed))
+        for name, shapes in (("window_attention", ATTENTION), ("cosine_attention", COSINE))
+        for packed in (False, True)
+    },
     "window_partition": (PARTITION, partial(partition, merge=False)),
     "window_merge": (PARTITION, partial(partition, merge=True)),
     "relative_position_bias": (POSITION_BIAS, position_bias),

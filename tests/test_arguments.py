@@ -8,6 +8,8 @@ import torch
 from swinops import (
     add_layer_norm,
     continuous_position_bias,
+    cosine_attention,
+    cosine_attention_qkvpacked,
     layer_norm,
     layer_norm_add,
     patch_merging_norm,
@@ -281,6 +283,26 @@ PACKED = {
     "shift": (dict(shift_size=5), ValueError, "shift_size must be"),
     "backend": (dict(backend="flash"), ValueError, "backend must be 'auto' or one of"),
 }
+LOGIT_SCALE = {
+    "logit_scale of the wrong size": (
+        dict(logit_scale=torch.ones(3)),
+        ValueError,
+        "logit_scale must be [heads] = (2,) or (2, 1, 1), got (3,)",
+    ),
+    "logit_scale for one head": (dict(logit_scale=torch.ones(1, 1, 1)), ValueError, "logit_scale must be [heads] ="),
+    "logit_scale a row": (dict(logit_scale=torch.ones(1, 2)), ValueError, "got (1, 2)"),
+    "logit_scale a square": (dict(logit_scale=torch.ones(2, 1, 2)), ValueError, "got (2, 1, 2)"),
+    "logit_scale of integers": (
+        dict(logit_scale=torch.ones(2).int()),
+        TypeError,
+        "logit_scale must have a floating-point dtype, got torch.int32",
+    ),
+    "logit_scale's device": (
+        dict(logit_scale=torch.ones(2, device="meta")),
+        ValueError,
+        "logit_scale must be on the device of q, cpu, got meta",
+    ),
+}
 NORM = {
     "no axes": (dict(x=torch.tensor(1.0)), ValueError, "x must be [*, C] with at least one channel, got ()"),
     "no channels": (
@@ -390,6 +412,14 @@ OPS = {
     continuous_position_bias: ({**WEIGHTS, "window_size": 4}, CONTINUOUS_POSITION_BIAS),
     window_attention: ({**dict.fromkeys("qkv", torch.ones(SHAPE)), "window_size": 4}, ATTENTION),
     window_attention_qkvpacked: (dict(qkv=torch.ones(1, 6, 5, 3, 2, 8), window_size=4), PACKED),
+    cosine_attention: (
+        {**dict.fromkeys("qkv", torch.ones(SHAPE)), "logit_scale": torch.ones(2), "window_size": 4},
+        {**ATTENTION, **LOGIT_SCALE},
+    ),
+    cosine_attention_qkvpacked: (
+        dict(qkv=torch.ones(1, 6, 5, 3, 2, 8), logit_scale=torch.ones(2, 1, 1), window_size=4),
+        {**PACKED, **LOGIT_SCALE},
+    ),
     layer_norm: (ROWS, {**NORM, **DTYPE}),
     add_layer_norm: (SUM, {**NORM, **DTYPE, **RESIDUAL}),
     layer_norm_add: (SUM, {**NORM, **RESIDUAL}),

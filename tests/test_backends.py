@@ -14,6 +14,7 @@ from swinops.testing import random_tensor
 
 OPS = [
     "window_partition", "window_merge", "relative_position_bias", "continuous_position_bias", "window_attention",
+    "cosine_attention",
     "layer_norm", "add_layer_norm", "layer_norm_add", "patch_merging_norm",
 ]  # fmt: skip
 ON_CUDA = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 4, 1, 8))

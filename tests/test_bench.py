@@ -16,7 +16,7 @@ from torch import nn
 pytest.importorskip("tqdm")
 
 from swinops import testing
-from swinops.benchmarks import command, harness, models, window_attention
+from swinops.benchmarks import command, cosine_attention, harness, models, window_attention
 from swinops.benchmarks.harness import BOTH, FORWARD, Case, Contender, Implementation, Settings
 
 
@@ -188,19 +188,18 @@ def test_layouts_are_made_outside_of_the_timing():
 
 
 @pytest.mark.parametrize("shift", [0, 3])
-@pytest.mark.parametrize("peer", ["timm_attention", "sdpa_attention", "flex_attention"])
-def test_peers_compute_the_same(monkeypatch, peer, shift):
+@pytest.mark.parametrize("peer", ["timm", "sdpa", "flex"])
+@pytest.mark.parametrize("op", [window_attention, cosine_attention], ids=lambda op: op.__name__.rpartition(".")[2])
+def test_peers_compute_the_same(op, peer, shift):
     shape = window_attention.Shape(2, (14, 21), 2, 7, shift, 16)
     q, k, v, bias, _, dout = testing.attention_inputs((14, 21), (7, 7), batch=2, heads=2, head_dim=16)
-    shared = settings()
-    attention = getattr(window_attention, peer)
-    monkeypatch.setattr(window_attention, "timm_attention", attention)
-    found = window_attention.peers(shape, q, shared)["timm"]
-    plain = functools.partial(window_attention.definition, window=7, shift=shift)
-    tensors = {"q": q, "k": k, "v": v, "bias": bias, "pad_kv": None}
-    this = Case("window_attention", str(shape), tensors, dout, plain, {}, {FORWARD: 0, BOTH: 0})
+    found = window_attention.peers(shape, q, settings(), dict.fromkeys(op.ATTENTIONS, op.ATTENTIONS[peer]))["timm"]
+    plain = functools.partial(op.definition, window=7, shift=shift)
+    scale = {"logit_scale": testing.logit_scales(2)} if op is cosine_attention else {}
+    tensors = {"q": q, "k": k, "v": v, **scale, "bias": bias, "pad_kv": None}
+    this = Case("attention", str(shape), tensors, dout, plain, {}, {FORWARD: 0, BOTH: 0})
     # FlexAttention has no backward on a CPU
-    direction = FORWARD if peer == "flex_attention" else BOTH
+    direction = FORWARD if peer == "flex" else BOTH
     _, results = found.contender(peer, this, direction).build()
     assert harness.check(results(), this.expected(direction)).ok
 
@@ -281,7 +280,7 @@ def test_other_errors_are_not_out_of_memory():
     assert not harness.out_of_memory(ValueError("not enough memory of the past"))
 
 
-SMALL = models.MODEL, 36  # 9 x 9 patches, then 5 x 5: windows pad both
+SMALL = models.MODELS[0], 36  # 9 x 9 patches, then 5 x 5: windows pad both
 CUT = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 10}
 BOTH_MODES = {mode: models.PRECISIONS["float32"] for mode in models.MODES}
 
@@ -349,7 +348,7 @@ def test_what_all_are_compared_with_is_out_of_memory(subject):
 
 def test_our_model_is_a_contender(subject):
     """It computes what timm's does, gradients too, where pads and shifts need timm's order; another's do not."""
-    own = models.own_model(models.MODEL, img_size=36, **CUT)
+    own = models.own_model(models.MODELS[0], img_size=36, **CUT)
     subject.ours, subject.batch, subject.precisions = own, 1, BOTH_MODES
     said = []
     rows = models.measure(subject, settings(say=said.append))

@@ -379,6 +379,15 @@ def test_export_dynamic_shapes(small):
         assert torch.equal(program(image(*shape)), model(image(*shape)))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_trace(small):
+    """``torch.jit.trace``, for the size that is traced."""
+    model, x = small(), image(2, 3, 45, 37)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, image(2, 3, 45, 37, seed=1))
+        assert torch.equal(traced(x), model(x))
+
+
 @pytest.mark.parametrize(
     "options, error, sentence",
     [

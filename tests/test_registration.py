@@ -9,6 +9,8 @@ from torch import nn
 from swinops import (
     add_layer_norm,
     continuous_position_bias,
+    cosine_attention,
+    cosine_attention_qkvpacked,
     layer_norm,
     layer_norm_add,
     patch_merging_norm,
@@ -73,6 +75,34 @@ class PackedAttention(Attention):
 
     def public(self, x):
         return window_attention_qkvpacked(x, self.bias, **self.settings())
+
+
+class CosineAttention(Attention):
+    def __init__(self, backend: str, device: torch.device):
+        super().__init__(backend, device)
+        learned = [self.bias, self.pad_kv]
+        del self.bias, self.pad_kv  # so that logit_scale comes first, as in the op
+        self.logit_scale = nn.Parameter(random_tensor((2, 1, 1), 3, device=device) / 2)
+        self.bias, self.pad_kv = learned
+
+    def forward(self, x):
+        q, k, v = x.unbind(3)
+        return torch.ops.swinops.cosine_attention(
+            q, k, v, self.logit_scale, self.bias, self.pad_kv, [2, 3], [1, 1], "roll_pad", -100.0, self.backend
+        )[0]
+
+    def public(self, x):
+        return cosine_attention(*x.unbind(3), self.logit_scale, self.bias, **self.settings())
+
+
+class PackedCosineAttention(CosineAttention):
+    def forward(self, x):
+        return torch.ops.swinops.cosine_attention_qkvpacked(
+            x, self.logit_scale, self.bias, self.pad_kv, [2, 3], [1, 1], "roll_pad", -100.0, self.backend
+        )[0]
+
+    def public(self, x):
+        return cosine_attention_qkvpacked(x, self.logit_scale, self.bias, **self.settings())
 
 
 class PositionBias(Partition):
@@ -178,6 +208,8 @@ OPS = {
     "window_merge": (Merge, grid, 0),
     "window_attention": (Attention, packed, 0),
     "window_attention_qkvpacked": (PackedAttention, packed, 0),
+    "cosine_attention": (CosineAttention, packed, 0),
+    "cosine_attention_qkvpacked": (PackedCosineAttention, packed, 0),
     "relative_position_bias": (PositionBias, table, 1),
     "continuous_position_bias": (ContinuousPositionBias, weights, 0),
     "layer_norm": (LayerNorm, image, 0),
@@ -185,6 +217,7 @@ OPS = {
     "layer_norm_add": (LayerNormAdd, image, 0),
     "patch_merging_norm": (PatchMergingNorm, image, 0),
 }
+ATTENTIONS = [op for op in OPS if "attention" in op]
 NORMS = ["layer_norm", "add_layer_norm", "layer_norm_add", "patch_merging_norm"]
 SIZES = [(4, 9), (6, 12), (8, 6), (10, 15)]
 every_op = pytest.mark.parametrize("op", OPS)
@@ -220,6 +253,8 @@ def test_registration(op, backend, device):
         "continuous_position_bias": lambda x: (*parameters, x, [2, 3], [4, 4], True, backend),
         "window_attention": lambda x: (*x.unbind(3), *parameters, [2, 3], [1, 1], None, "roll_pad", -100.0, backend),
         "window_attention_qkvpacked": lambda x: (x, *parameters, [2, 3], [1, 1], 0.3, "pad_roll", -100.0, backend),
+        "cosine_attention": lambda x: (*x.unbind(3), *parameters, [2, 3], [1, 1], "roll_pad", -100.0, backend),
+        "cosine_attention_qkvpacked": lambda x: (x, *parameters, [2, 3], [1, 1], "pad_roll", -100.0, backend),
         "layer_norm": lambda x: (x, *parameters, 1e-5, torch.bfloat16, backend),
         "add_layer_norm": lambda x: (x, f, scale, *parameters, 1e-5, torch.bfloat16, backend),
         "layer_norm_add": lambda x: (x, f, scale, *parameters, 1e-5, backend),
@@ -229,8 +264,8 @@ def test_registration(op, backend, device):
     torch.library.opcheck(getattr(torch.ops.swinops, op), calls[op](x.requires_grad_()))
 
 
-@pytest.mark.parametrize("grads", [(True, True), (False, False)], ids=str)
-@pytest.mark.parametrize("op", ["window_attention", "window_attention_qkvpacked", "relative_position_bias"])
+@pytest.mark.parametrize("grads", [True, False], ids=str)
+@pytest.mark.parametrize("op", [*ATTENTIONS, "relative_position_bias"])
 def test_registration_of_backward(op, grads, backend, device):
     """The backward is an op too. Its own gradient is checked by test_second_order, where it is not an error."""
     module, x = make(op, backend, device)
@@ -241,12 +276,13 @@ def test_registration_of_backward(op, grads, backend, device):
             torch.ops.swinops.relative_position_bias_backward, (dbias, [2, 3], backend), test_utils=checks
         )
         return
-    settings = (*(p.detach() for p in module.parameters()), [2, 3], [1, 1], None, "roll_pad", -100.0, backend)
+    learned, scale = [p.detach() for p in module.parameters()], () if "cosine" in op else (None,)
+    settings = (*learned, [2, 3], [1, 1], *scale, "roll_pad", -100.0, backend)
     inputs = (x,) if op.endswith("packed") else x.unbind(3)
     out, lse = getattr(torch.ops.swinops, op)(*inputs, *settings)
     backward = getattr(torch.ops.swinops, f"{op}_backward")
     torch.library.opcheck(
-        backward, (torch.ones_like(out), out, lse, list(grads), *inputs, *settings), test_utils=checks
+        backward, (torch.ones_like(out), out, lse, [grads] * len(learned), *inputs, *settings), test_utils=checks
     )
 
 
@@ -363,7 +399,7 @@ def test_autocast(op, backend, device):
         assert not torch.equal(out, module(x.bfloat16()))
 
 
-@pytest.mark.parametrize("op", ["window_attention", "window_attention_qkvpacked"])
+@pytest.mark.parametrize("op", ATTENTIONS)
 def test_autocast_leaves_float64(op, device):
     module, x = make(op, "reference", device)
     with torch.autocast(device.type, torch.bfloat16):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import swinops
 from swinops import reference, window_attention, window_attention_qkvpacked
 from swinops.testing import (
     accuracy,
@@ -125,26 +126,33 @@ def lay_out(x, layout):
     return x
 
 
-def run(case, dtype, device, backend, pad_order):
-    """(op, definition, tensors, dout), the arguments of ``assert_op_accurate``. The gradient is never contiguous."""
+def run(case, dtype, device, backend, pad_order, logit_scale=None):
+    """(op, definition, tensors, dout), the arguments of ``assert_op_accurate``. The gradient is never contiguous.
+
+    The op is cosine attention where there is a ``logit_scale``.
+    """
     q, k, v, bias, pad_kv, dout = case.inputs(dtype, device)
     settings = case.settings(pad_order)
-    keywords = dict(zip(("window_size", "shift_size", "scale", "pad_order", "mask_value"), settings, strict=True))
+    names = ["window_size", "shift_size", "scale", "pad_order", "mask_value"]
+    name, others = "window_attention", {"bias": bias, "pad_kv": pad_kv}
+    if logit_scale is not None:
+        name, others = "cosine_attention", {"logit_scale": logit_scale, **others}
+        settings, names = (*settings[:2], *settings[3:]), [n for n in names if n != "scale"]
+    keywords = dict(zip(names, settings, strict=True), backend=backend)
 
-    def op(q, k, v, bias=bias, pad_kv=pad_kv):
-        return window_attention(q, k, v, bias, pad_kv=pad_kv, **keywords, backend=backend)
+    def op(q, k, v, **learned):
+        return getattr(swinops, name)(q, k, v, **learned, **keywords)
 
-    def op_packed(qkv, bias, pad_kv):
-        return window_attention_qkvpacked(qkv, bias, pad_kv=pad_kv, **keywords, backend=backend)
+    def op_packed(qkv, **learned):
+        return getattr(swinops, f"{name}_qkvpacked")(qkv, **learned, **keywords)
 
-    def definition(q, k, v, bias, pad_kv):
-        return reference.window_attention(q, k, v, bias, pad_kv, *settings)[0]
+    def definition(q, k, v, **learned):
+        return getattr(reference, name)(q, k, v, *learned.values(), *settings)[0]
 
-    def definition_packed(qkv, bias, pad_kv):
-        return definition(*qkv.unbind(-3), bias, pad_kv)
+    def definition_packed(qkv, **learned):
+        return definition(*qkv.unbind(-3), **learned)
 
     dout = lay_out(dout, "last stride not 1" if case.layout in ("contiguous", "packed") else case.layout)
-    others = {"bias": bias, "pad_kv": pad_kv}
     qkv = torch.stack((q, k, v), -3)
     if case.layout == "packed, strided":
         qkv = qkv.transpose(-3, -1).contiguous().transpose(-3, -1)

@@ -28,8 +28,8 @@ def create_model(
 
     Args:
         name: One of ``list_models()``.
-        checkpoint: A file of Microsoft's, timm's or this package's (.pth, .pt, .bin or .safetensors); nothing is
-            downloaded. See ``load_checkpoint``.
+        checkpoint: A file of Microsoft's, timm's, torchvision's, Transformers' or this package's (.pth, .pt, .bin or
+            .safetensors); nothing is downloaded. See ``load_checkpoint``.
         skip_head: Leave the head as it is: for a checkpoint with other classes.
         options: Settings that differ from the published ones, such as ``num_classes``, ``img_size``, ``window_size``,
             ``features_only`` or ``drop_path_rate``: the arguments of the model's class. None means as published.

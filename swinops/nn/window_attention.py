@@ -48,7 +48,7 @@ class WindowAttentionBase(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, dim] -> [B, H, W, dim], or with a depth before H where the window has three axes."""
-        space = x.shape[1:-1]
+        space = [int(n) if isinstance(n, Tensor) else n for n in x.shape[1:-1]]  # torch.jit.trace has tensors
         if len(space) != len(self.window_size):
             raise ValueError(f"x must be [B, *{len(self.window_size)} spatial axes, C], got {tuple(x.shape)}")
         # 0 where n <= w, without a branch: one compiled graph serves every size

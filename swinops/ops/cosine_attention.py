@@ -33,7 +33,8 @@ def cosine_attention(
 
     Args:
         logit_scale: Logarithm of each head's scale (1 / tau in the paper), clamped at ln 100, with gradient: 0 where it
-            is clamped. [heads] or [heads, 1, 1], any float dtype
+            is clamped, and else summed from the gradients of scores rounded to q's dtype. [heads] or [heads, 1, 1], any
+            float dtype
 
     The rest, what is returned and what is raised are as in ``window_attention``.
     """
