@@ -29,7 +29,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     for window, heads in shapes(settings):
         # a draw that does not bring Inductor's running sums on a CPU, twice as inexact as PyTorch's, near the bound
         weights, dbias = continuous_position_bias_inputs(
-            (window, window), hidden=HIDDEN, heads=heads, dtype=settings.dtype, device=settings.device, seed=4
+            (window, window), hidden=HIDDEN, heads=heads, dtype=settings.dtype, device=settings.device
         )
         definition = plain(window, settings.dtype, settings.device)
         ours = functools.partial(swinops.continuous_position_bias, window_size=window)

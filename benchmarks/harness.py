@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from swinops import backends
-from swinops.testing import accuracy, differentiate
+from swinops.testing import Expected, differentiate, expect
 from swinops.text import aligned, first_line
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 BASELINE = "pytorch"
 OUT_OF_MEMORY = "out of memory"
 FORWARD, BOTH = "forward", "forward+backward"
+DRAWS = 6  # of which plain PyTorch's largest error counts: of one it is chance
 Tensors = dict[str, Tensor | None]
 Results = dict[str, Tensor]
 
@@ -199,7 +200,7 @@ def reason(error: BaseException) -> str:
 
 def compare(
     contenders: Sequence[Contender],
-    expected: Mapping[str, tuple[Tensor, Tensor]],
+    expected: Mapping[str, Expected],
     settings: Settings,
     title: str,
     baseline: str = BASELINE,
@@ -209,7 +210,7 @@ def compare(
     """Check every contender, then time those that are right.
 
     Args:
-        expected: For each tensor to check, its value in plain PyTorch in the same dtype and in float64.
+        expected: Of each tensor to check.
         weight: What the comparison counts in the progress bar.
         needs_all: A contender that is out of memory when it is checked ends the comparison, its outcome the last.
     """
@@ -245,9 +246,9 @@ def compare(
     return outcomes
 
 
-def check(results: Results, expected: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+def check(results: Results, expected: Mapping[str, Expected]) -> Any:
     """The accuracy of the worst tensor, by how much of its bound it uses."""
-    found = [accuracy(results[name].detach(), *expected[name]) for name in expected]
+    found = [wanted.accuracy(results[name].detach()) for name, wanted in expected.items()]
     return max(found, key=lambda a: (not a.ok, a.error / a.bound if a.bound else 0.0))
 
 
@@ -330,12 +331,9 @@ class Case:
     implementations: dict[str, Implementation]
     bytes: dict[str, int]  # that have to move, by direction
 
-    def expected(self, direction: str) -> dict[str, tuple[Tensor, Tensor]]:
-        exact = {name: None if x is None else x.double() for name, x in self.tensors.items()}
-        plain = differentiate(self.definition, self.tensors, self.dout)
-        ideal = differentiate(self.definition, exact, self.dout.double())
-        names = ["out"] if direction == FORWARD else list(ideal)
-        return {name: (plain[name], ideal[name]) for name in names}
+    def expected(self, direction: str) -> dict[str, Expected]:
+        found = expect(self.definition, self.tensors, self.dout, DRAWS)
+        return {"out": found["out"]} if direction == FORWARD else found
 
 
 def implementations(

@@ -33,6 +33,7 @@ from swinops.benchmarks.harness import (
     table,
     with_range,
 )
+from swinops.testing import Expected, accuracy
 
 SMALL = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")  # what a CPU is measured on
 MODELS = (*SMALL, "swinv2_base_window16_256")
@@ -195,6 +196,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def expected_of(plain: Tensor, exact: Tensor) -> Expected:
+    return Expected(plain, exact, accuracy(plain, plain, exact).bound)
+
+
 def inference(subject: Subject, batch: int, settings: Settings) -> dict[str, Outcome]:
     model = subject.place(copy.deepcopy(subject.model), "infer", settings)
     x = subject.images(batch, "infer", settings)
@@ -212,7 +217,7 @@ def inference(subject: Subject, batch: int, settings: Settings) -> dict[str, Out
         exact = copy.deepcopy(model).double()
         ideal = torch.cat([exact(part.double()) for part in x.split(CHUNK)])
         del exact
-    expected = {"logits": (build(model)[0](), ideal)}
+    expected = {"logits": expected_of(build(model)[0](), ideal)}
     contenders = subject.contenders("infer", model, build, settings)
     return compare(contenders, expected, settings, MODES["infer"], TIMM, WEIGHTS["infer"], needs_all=batch > 1)
 
@@ -247,7 +252,7 @@ def training(subject: Subject, batch: int, settings: Settings) -> dict[str, Outc
         loss.backward()
 
     backward(model)
-    expected = {"gradients": (flat(gradients(model)).float(), flat(ideal))}
+    expected = {"gradients": expected_of(flat(gradients(model)).float(), flat(ideal))}
     model.zero_grad()
 
     def build(own: nn.Module) -> tuple[Callable[[], Any], Callable[[], Results]]:

@@ -4,7 +4,7 @@ Nothing here is degenerate: bias, pad tokens and every gradient are random, beca
 zeros passes any test.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,55 @@ def as_tuple(dout: Gradients) -> tuple[Tensor | None, ...]:
     return (dout,) if isinstance(dout, Tensor) else dout
 
 
+class Expected(NamedTuple):
+    """A tensor in plain PyTorch and in float64, and how far from the latter it may be."""
+
+    plain: Tensor
+    exact: Tensor
+    bound: float
+
+    def accuracy(self, actual: Tensor) -> Accuracy:
+        return Accuracy(accuracy(actual, self.plain, self.exact).error, self.bound)
+
+
+def expect(
+    definition: Callable[..., Outputs], tensors: Mapping[str, Tensor | None], dout: Gradients, draws: int
+) -> dict[str, Expected]:
+    """What an op and its gradients should be, by the rule of ``accuracy``; ``definition`` is the op in plain PyTorch.
+
+    Its error is the largest of several draws of the same sizes: of one draw of a few hundred numbers the largest error
+    is so much chance that a second plain implementation (exp(s - lse) for softmax) breaks the rule for one float32
+    tensor in twenty. Every second draw is the same numbers scaled, whose rounding differs and whose worst element does
+    not.
+    """
+
+    def draw(number: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        moved = number % 2 == 1
+        drawn = {
+            name: None if x is None else shuffled(x, number * n, moved)
+            for n, (name, x) in enumerate(tensors.items(), 2)
+        }
+        exact = {name: None if x is None else x.double() for name, x in drawn.items()}
+        gradient = tuple(None if d is None else shuffled(d, number, moved) for d in as_tuple(dout))
+        plain = differentiate(definition, drawn, gradient)
+        ideal = differentiate(definition, exact, tuple(None if d is None else d.double() for d in gradient))
+        yield from ((name, plain[name], ideal[name]) for name in ideal)
+
+    def largest(x: Tensor) -> float:
+        return float(x.abs().max()) if x.numel() else 0.0
+
+    found = {name: Expected(plain, exact, accuracy(plain, plain, exact).bound) for name, plain, exact in draw(0)}
+    for number in range(1, draws):
+        for name, plain, exact in draw(number):
+            own, size = found[name], largest(found[name].exact)
+            if largest(exact):
+                # a sum that is small by chance is not more exact for it
+                error = largest(plain - exact) * max(1.0, size / largest(exact))
+                bound = 2 * error + torch.finfo(plain.dtype).eps * size
+                found[name] = own._replace(bound=max(own.bound, bound))
+    return found
+
+
 def accuracies(
     op: Callable[..., Outputs],
     definition: Callable[..., Outputs],
@@ -92,39 +141,9 @@ def accuracies(
     dout: Gradients,
     draws: int = 16,
 ) -> dict[str, Accuracy]:
-    """The accuracy of ``op(**tensors)`` and of each of its gradients, by the rule of ``accuracy``.
-
-    ``definition`` is the op in plain PyTorch. Its error is the largest of several draws of the same sizes: of one draw
-    of a few hundred numbers the largest error is so much chance that a second plain implementation (exp(s - lse) for
-    softmax) breaks the rule for one float32 tensor in twenty. Every second draw is the same numbers scaled, whose
-    rounding differs and whose worst element does not.
-    """
-
-    def plain_and_exact(draw: int) -> dict[str, tuple[Tensor, Tensor]]:
-        moved = draw % 2 == 1
-        drawn = {
-            name: None if x is None else shuffled(x, draw * n, moved) for n, (name, x) in enumerate(tensors.items(), 2)
-        }
-        exact = {name: None if x is None else x.double() for name, x in drawn.items()}
-        gradient = tuple(None if d is None else shuffled(d, draw, moved) for d in as_tuple(dout))
-        plain = differentiate(definition, drawn, gradient)
-        ideal = differentiate(definition, exact, tuple(None if d is None else d.double() for d in gradient))
-        return {name: (plain[name], ideal[name]) for name in ideal}
-
-    def largest(x: Tensor) -> float:
-        return float(x.abs().max()) if x.numel() else 0.0
-
-    own, *others = (plain_and_exact(draw) for draw in range(draws))
-    results = {}
-    for name, actual in differentiate(op, tensors, dout).items():
-        error, bound = accuracy(actual, *own[name])
-        size = largest(own[name][1])
-        for plain, exact in (other[name] for other in others if largest(other[name][1])):
-            # a sum that is small by chance is not more exact for it
-            scale = max(1.0, size / largest(exact))
-            bound = max(bound, 2 * largest(plain - exact) * scale + torch.finfo(actual.dtype).eps * size)
-        results[name] = Accuracy(error, bound)
-    return results
+    """The accuracy of ``op(**tensors)`` and of each of its gradients: see ``expect``."""
+    expected = expect(definition, tensors, dout, draws)
+    return {name: expected[name].accuracy(actual) for name, actual in differentiate(op, tensors, dout).items()}
 
 
 def assert_op_accurate(

@@ -419,8 +419,11 @@ def test_quick(tmp_path):
     rows = json.loads(done.stdout)
     assert {row["op"] for row in rows["ops"]} == set(command.BENCHMARKS)
     assert {row["status"] for row in rows["ops"]} == {"ok"}
-    assert [row["impl"] for row in rows["models"]] == [
-        f"{name}{compiled}" for name in ("timm", "patched", "swinops") for compiled in ("", "-compiled")
+    assert [(row["model"].partition(",")[0], row["impl"]) for row in rows["models"]] == [
+        (model, f"{name}{compiled}")
+        for model in models.SMALL
+        for name in ("timm", "patched", "swinops")
+        for compiled in ("", "-compiled")
     ]
     assert {row["infer_status"] for row in rows["models"]} == {"ok"}
     assert all(row["infer_samples_per_sec"] > 0 for row in rows["models"])
