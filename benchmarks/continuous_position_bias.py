@@ -27,7 +27,6 @@ def shapes(settings: Settings) -> list[tuple[int, int]]:
 
 def cases(settings: Settings) -> Iterator[Case]:
     for window, heads in shapes(settings):
-        # a draw that does not bring Inductor's running sums on a CPU, twice as inexact as PyTorch's, near the bound
         weights, dbias = continuous_position_bias_inputs(
             (window, window), hidden=HIDDEN, heads=heads, dtype=settings.dtype, device=settings.device
         )

@@ -88,7 +88,13 @@ ATTENTION = (
     Attention((24, 12), (12, 12), (6, 6), heads=4),
 )
 # the cosine of one channel is 1 or -1 in every dtype: plain PyTorch's gradient of logit_scale is then exact, by chance
-COSINE = (ATTENTION[0]._replace(head_dim=2), *ATTENTION[1:])
+COSINE = (
+    ATTENTION[0]._replace(head_dim=2),
+    *ATTENTION[1:-4],
+    *ATTENTION[-2:],
+    Attention((16, 16), (8, 8), (4, 4), heads=3),  # SwinV2-T's first stage
+    Attention((16, 32), (16, 16), (8, 8), heads=4),  # SwinV2-B's with large windows
+)
 
 
 def attention(shape: Attention, dtype: torch.dtype, device: torch.device, *, name: str, packed: bool) -> Check:
