@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(op=None, compiled=True, run=partial(run, parser, EVERYTHING))
     add_common(parser)
     add_model(parser, several=False)
-    parser.add_argument("--full", action="store_true", help="also training steps and SwinV2-B, and on a GPU larger windows")
+    parser.add_argument("--full", action="store_true", help="also training and SwinV2-B; on a GPU larger windows too")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where ops.csv, models.csv and bench.png go")
 
     # what a subcommand is not told, it takes from the options before its name: hence no defaults
