@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swinops.kernels.cyclic_shift import on_device, three
-from swinops.kernels.relative_position_bias import _reduce_kernel
+from swinops.kernels.cyclic_shift import on_device
+from swinops.kernels.relative_position_bias import reduce
 
 
 @triton.jit
@@ -160,15 +160,11 @@ def continuous_position_bias_backward(
     pretrained: Sequence[int],
     log_spaced: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (heads, hidden), rows = w2.shape, table.shape[0]
+    heads, hidden = w2.shape
     dtable = torch.empty_like(table)
     dw1, db1, dw2 = (x.new_empty(x.shape) for x in (w1, b1, w2))
+    reduce(dbias, dtable, window)
     with on_device(w2):
-        if heads:
-            block_i = min(64, triton.next_power_of_2(math.prod(window)))
-            _reduce_kernel[(triton.cdiv(rows, 16), heads)](
-                dbias, dtable, heads, *dbias.stride(), three(window, 1), 16, block_i, enable_fp_fusion=True
-            )
         _weights_kernel[(triton.cdiv(hidden, 16),)](
             dtable, table.contiguous(), w1.contiguous(), b1.contiguous(), w2.contiguous(), dw1, db1, dw2,
             hidden, heads, tuple(window), spans(pretrained), log_spaced, 64, 16, 16, num_warps=8, enable_fp_fusion=True,

@@ -77,8 +77,14 @@ def relative_position_bias(table: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def relative_position_bias_backward(dbias: Tensor, window: Sequence[int]) -> Tensor:
-    heads, rows = dbias.shape[0], math.prod(2 * w - 1 for w in window)
-    dtable = dbias.new_empty(rows, heads)
+    dtable = dbias.new_empty(math.prod(2 * w - 1 for w in window), dbias.shape[0])
+    reduce(dbias, dtable, window)
+    return dtable
+
+
+def reduce(dbias: Tensor, dtable: Tensor, window: Sequence[int]) -> None:
+    """[heads, N, N] -> ``dtable`` [rows, heads]"""
+    rows, heads = dtable.shape
     block_r = 16
     block_i = min(64, triton.next_power_of_2(math.prod(window)))
     if heads:
@@ -86,4 +92,3 @@ def relative_position_bias_backward(dbias: Tensor, window: Sequence[int]) -> Ten
             _reduce_kernel[(triton.cdiv(rows, block_r), heads)](
                 dbias, dtable, heads, *dbias.stride(), three(window, 1), block_r, block_i, enable_fp_fusion=True
             )
-    return dtable

@@ -63,7 +63,8 @@ def load_scale(logit_scale_ptr, head, scale):
     if logit_scale_ptr is None:
         return scale
     else:
-        logit_scale = tl.minimum(tl.load(logit_scale_ptr + head).to(tl.float32), MAX_LOGIT_SCALE)
+        logit_scale = tl.load(logit_scale_ptr + head).to(tl.float32)
+        logit_scale = tl.where(logit_scale > MAX_LOGIT_SCALE, MAX_LOGIT_SCALE, logit_scale)  # NaN stays NaN
         return tl.exp(logit_scale.to(tl.float64)).to(tl.float32)
 
 

@@ -214,6 +214,22 @@ def test_logit_scale_is_clamped(window, dtype, backend, device):
         assert torch.equal(results["out"], op(logit_scale.clamp(max=LN_100)))
 
 
+@pytest.mark.parametrize("window", [(3, 4), (8, 9)], ids=str)
+def test_logit_scale_of_nan(window, backend, device):
+    """A scale that diverged is not taken for 100: its head is NaN, and the other as without it."""
+    q, k, v, bias, _, dout = attention_inputs(window, window, batch=1, device=device)
+    good = torch.tensor([2.0, 2.0], device=device)
+
+    def op(logit_scale):
+        return cosine_attention(q, k, v, logit_scale, bias, window_size=window, backend=backend)
+
+    bad = torch.tensor([float("nan"), 2.0], device=device)
+    results, clean = (differentiate(op, {"logit_scale": x}, dout) for x in (bad, good))
+    assert results["out"][..., 0, :].isnan().all() and results["dlogit_scale"][0].isnan()
+    assert torch.equal(results["out"][..., 1, :], clean["out"][..., 1, :])
+    assert torch.equal(results["dlogit_scale"][1], clean["dlogit_scale"][1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_logit_scale_of_another_dtype(dtype, backend, device):
     """It is read as it is: not rounded to q's dtype, and its gradient has its own."""

@@ -300,6 +300,15 @@ def round_trip(attn):
     attn.half().float()
 
 
+def step_after_a_look(attn):
+    """The bias is used between backward and the step, which no version counts."""
+    optimizer = torch.optim.AdamW(attn.cpb_mlp.parameters(), lr=0.1, fused=True)
+    attn.position_bias().square().sum().backward()
+    with torch.no_grad():
+        attn.position_bias()
+    optimizer.step()
+
+
 def in_place(attn):
     with torch.no_grad():
         attn.cpb_mlp[0].bias.add_(1)
@@ -327,6 +336,7 @@ CHANGES = {
     "sgd foreach": optimise(torch.optim.SGD, foreach=True),
     "adamw": optimise(torch.optim.AdamW),
     "adamw fused": optimise(torch.optim.AdamW, fused=True),
+    "adamw fused, after a look": step_after_a_look,
     "in place": in_place,
     "replaced": replace,
     "data": lambda attn: setattr(attn.cpb_mlp[0].weight, "data", attn.cpb_mlp[0].weight.data + 1),
@@ -364,6 +374,15 @@ def test_no_bias_is_stale(change, mode):
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     return alike and (a.is_meta or torch.equal(a, b))
+
+
+def test_projections_are_called():
+    """As modules: they may be wrapped, pruned, or have hooks."""
+    attn, calls = layer(), []
+    for name in ("qkv", "proj"):
+        attn.get_submodule(name).register_forward_hook(lambda *call, name=name: calls.append(name))
+    attn(random_tensor((1, 5, 6, attn.proj.in_features), 0))
+    assert calls == ["qkv", "proj"]
 
 
 def test_copies_compute_their_own_bias():
@@ -554,7 +573,8 @@ def test_transfer_rejects_bad_arguments(arguments, error, sentence):
             "pretrained_window_size must be at least 0 on each of the 2 spatial axes, got (-1, -1)",
         ),
         (dict(pretrained_window_sizes=(4, 2.5)), TypeError, "pretrained_window_sizes must be an int or one int for"),
-        (dict(extra_norm_period=-1), ValueError, "extra_norm_period must be at least 0, got -1"),
+        (dict(extra_norm_period=-1), ValueError, "extra_norm_period must be an int of at least 0, got -1"),
+        (dict(extra_norm_period=1.5), ValueError, "extra_norm_period must be an int of at least 0, got 1.5"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -567,7 +587,8 @@ def test_rejects_bad_arguments(options, error, sentence):
     "arguments, options, sentence",
     [
         ((16, 2, (2, 4, 4)), {}, "window_size must be an int or two ints, got (2, 4, 4)"),
-        ((16, 2, 4), dict(cpb_hidden_dim=0), "cpb_hidden_dim must be at least 1, got 0"),
+        ((16, 2, 4), dict(cpb_hidden_dim=0), "cpb_hidden_dim must be an int of at least 1, got 0"),
+        ((16, 2, 4), dict(cpb_hidden_dim=2.5), "cpb_hidden_dim must be an int of at least 1, got 2.5"),
         ((16, 3, 4), {}, "num_heads must divide dim, 16, got 3"),
         ((16, 2, 4, 4), {}, "shift_size must be at least 0 and less than the window (4, 4)"),
         ((16, 2, 4), dict(pretrained_window_size=(8, -8)), "pretrained_window_size must be at least 0 on each of the"),

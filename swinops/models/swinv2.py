@@ -54,8 +54,8 @@ class SwinTransformerV2(SwinBase):
             raise ValueError(
                 f"pretrained_window_sizes must be 0 or hold a window for each stage, got {pretrained_window_sizes}"
             )
-        if extra_norm_period < 0:
-            raise ValueError(f"extra_norm_period must be at least 0, got {extra_norm_period}")
+        if not isinstance(extra_norm_period, int) or extra_norm_period < 0:
+            raise ValueError(f"extra_norm_period must be an int of at least 0, got {extra_norm_period!r}")
 
         def block(stage: int, index: int, **shape: Any) -> SwinV2Block:
             return SwinV2Block(

@@ -29,16 +29,24 @@ class CachedBias(NamedTuple):
         )
 
 
+class Projection(nn.Linear):
+    """A projection whose bias is made of other parameters, and comes with the call."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+
 class CosineWindowAttention(WindowAttentionBase):
     """Multi-head cosine attention within the shifted windows of an image (arXiv 2111.09883, section 3).
 
         out = softmax(cos(q, k) * exp(min(logit_scale, ln 100)) + 16 * sigmoid(cpb_mlp(offsets)) + mask) v
 
-    In evaluation the bias [heads, N, N] is computed once and kept, heads * N * N numbers, unless a gradient could reach
-    ``cpb_mlp`` or the call is compiled or traced. It is computed again when PyTorch counts a change of the weights,
-    when they move or are replaced, after ``train()`` and ``eval()``, and after a call that kept nothing. A write that
-    PyTorch does not count (through ``parameter.data``, NumPy or another process) is not seen: call ``eval()`` after it.
-    No copy, pickle or state dict holds the bias.
+    The weights of ``cpb_mlp`` are read, and it is not called. In evaluation the bias [heads, N, N] is computed once and
+    kept, heads * N * N numbers, unless a gradient could reach ``cpb_mlp`` or the call is compiled or traced. It is
+    computed again when PyTorch counts a change of the weights, when they move or are replaced, after ``train()`` and
+    ``eval()``, and after a call that kept nothing; while a weight has a gradient nothing is kept, for a fused
+    optimizer's step is not counted. Other writes that PyTorch does not count (through ``parameter.data``, NumPy or
+    another process) are not seen: call ``eval()`` after them. No copy, pickle or state dict holds the bias.
 
     Args:
         window_size: Tokens of a window along each axis: an int or two.
@@ -69,14 +77,15 @@ class CosineWindowAttention(WindowAttentionBase):
         )  # fmt: skip
         if len(self.window_size) != 2:
             raise ValueError(f"window_size must be an int or two ints, got {window_size}")
-        if cpb_hidden_dim < 1:
-            raise ValueError(f"cpb_hidden_dim must be at least 1, got {cpb_hidden_dim}")
+        if not isinstance(cpb_hidden_dim, int) or cpb_hidden_dim < 1:
+            raise ValueError(f"cpb_hidden_dim must be an int of at least 1, got {cpb_hidden_dim!r}")
         self.pretrained_window_size = per_axis(pretrained_window_size, 2, "pretrained_window_size")
         if len(self.pretrained_window_size) != 2 or min(self.pretrained_window_size) < 0:
             raise ValueError(
                 "pretrained_window_size must be at least 0 on each of the 2 spatial axes, "
                 f"got {tuple(self.pretrained_window_size)}"
             )
+        self.qkv = Projection(dim, 3 * dim, bias=False)
         self.log_spaced = log_spaced
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
@@ -92,7 +101,7 @@ class CosineWindowAttention(WindowAttentionBase):
         if self.q_bias is not None and self.v_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
             pad_kv = qkv_bias.view(heads)[1:]
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).unflatten(-1, heads)
+        qkv = self.qkv(x, qkv_bias).unflatten(-1, heads)
         out: Tensor = torch.ops.swinops.cosine_attention_qkvpacked(
             qkv, self.logit_scale, self.position_bias(), pad_kv, self.window_size, shift,
             self.pad_order, -100.0, self.backend,
@@ -156,6 +165,9 @@ def constant(weights: Sequence[Tensor]) -> bool:
         return False
     # tensors of inference mode have no version; other types are a tracer's, or those of a functional call
     if any(type(w) is not nn.Parameter or w.is_inference() for w in weights):
+        return False
+    # a step of a fused optimizer, which counts no change, may be next
+    if any(w.grad is not None for w in weights):
         return False
     # memory of a CUDA graph is its own, and what it reads has to stay where it is
     if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():

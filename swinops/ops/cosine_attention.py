@@ -28,8 +28,9 @@ def cosine_attention(
 
         out = softmax(cos(q, k) * exp(min(logit_scale, ln 100)) + bias + mask) v
 
-    Cosines, softmax and sums are fp32. A vector shorter than 1e-12 is divided by 1e-12, as ``normalize`` does, so that
-    one of zeros has cosine 0 with everything; its gradient is 0, where that of ``normalize`` is 1e12 times too long.
+    Norms, softmax and sums are fp32, in the kernels cosines too. A vector shorter than 1e-12 is divided by 1e-12, as
+    ``normalize`` does, so that one of zeros has cosine 0 with everything; its gradient is 0, where that of
+    ``normalize`` is 1e12 times too long.
 
     Args:
         logit_scale: Logarithm of each head's scale (1 / tau in the paper), clamped at ln 100, with gradient: 0 where it
