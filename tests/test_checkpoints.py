@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from swinops import create_model, list_models
 from swinops.benchmarks.models import randomise
 from swinops.checkpoints import load_checkpoint, microsoft, torchvision, transformers
-from swinops.checkpoints.loading import BUFFERS
+from swinops.checkpoints.loading import BUFFERS, COORDINATES
 from swinops.models.swin import SwinTransformer
 from swinops.models.swinv2 import SwinTransformerV2
 
@@ -264,6 +264,22 @@ def test_buffers_are_left_out(library, log):
     assert not log()
 
 
+@pytest.mark.parametrize("trained, taken, line", [
+    ((8, 6), (8, 0), "the position bias was trained with the window (6, 6) and is taken to be of (8, 8): 1"),
+    ((8, 0), (4, 0), "the position bias was trained with the window (8, 8) and is taken to be of (4, 4): 1"),
+    ((8, 6), (8, 6), None),
+    ((8, 0), (4, 8), None),
+    ((1, 0), (1, 0), None),
+], ids=str)  # fmt: skip
+def test_other_pretrained_windows_are_logged(trained, taken, line, log):
+    """A file of Microsoft's tells with which window its bias was trained: a model that disagrees computes another."""
+    sizes = dict(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), num_classes=3)
+    theirs = microsoft_swin.SwinTransformerV2(**sizes, window_size=trained[0], pretrained_window_sizes=(trained[1],))
+    model = SwinTransformerV2(**sizes, window_size=taken[0], pretrained_window_sizes=(taken[1],))
+    load_checkpoint(model, theirs.state_dict())
+    assert [line in entry for entry in log()] == ([True] if line else [])
+
+
 TORCHVISION = {
     "swin_tiny_patch4_window7_224": "swin_t",
     "swin_small_patch4_window7_224": "swin_s",
@@ -303,7 +319,7 @@ def test_published_sizes(name):
 
 
 def shapes(state):
-    return {key: x.shape for key, x in state.items() if not key.endswith(BUFFERS)}
+    return {key: x.shape for key, x in state.items() if not key.endswith((*BUFFERS, COORDINATES))}
 
 
 def test_own_file(tmp_path, log):

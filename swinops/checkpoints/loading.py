@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ M = TypeVar("M", bound=nn.Module)
 
 logger = logging.getLogger("swinops")
 SOURCES = (torchvision, transformers, microsoft)  # the last recognises torchvision's head too
-BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")  # most files have some of them
+BUFFERS = ("relative_position_index", "attn_mask")  # most files have some of them
+COORDINATES = "relative_coords_table"  # of SwinV2's offsets, in Microsoft's and torchvision's files
 VERSIONS = {TABLE: "Swin V1", "logit_scale": "Swin V2"}  # by what only that has
 
 
@@ -28,7 +30,8 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
     (``Swin*`` and ``Swinv2*``, with or without a classifier) or this package's.
 
     Bias tables of other window sizes and position embeddings of other image sizes are resized as published (bicubic);
-    SwinV2 computes its bias, for any window. That, and whatever of the checkpoint is left out, is one line of the log
+    SwinV2 computes its bias, for any window: whether ``pretrained_window_sizes`` are the checkpoint's can be told of
+    Microsoft's and torchvision's alone. All that, and whatever of the checkpoint is left out, is one line of the log
     "swinops", at the level WARNING.
 
     Args:
@@ -62,6 +65,7 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
     library = next((library for library in SOURCES if library.recognises(state)), None)
     if library is not None:
         state = library.convert(state)
+    tables = {name: state.pop(name) for name in list(state) if name.endswith(COORDINATES)}
     if skip_head:
         state = {name: x for name, x in state.items() if not name.startswith("head.")}
         state |= {name: x for name, x in own.items() if name.startswith("head.")}
@@ -75,8 +79,9 @@ def load_checkpoint(model: M, checkpoint: str | os.PathLike[str] | Mapping[str, 
     if problems:
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(state)
-    if notes + resized:
-        logger.warning("%s: %s", source, "; ".join(notes + resized))
+    notes += resized + other_windows(model, tables)
+    if notes:
+        logger.warning("%s: %s", source, "; ".join(notes))
     return model
 
 
@@ -114,3 +119,25 @@ def version(state: Mapping[str, Tensor]) -> str | None:
     """Whose parameters these are, where that can be told."""
     found = [which for mark, which in VERSIONS.items() if any(name.endswith(mark) for name in state)]
     return found[0] if len(found) == 1 else None
+
+
+def other_windows(model: nn.Module, tables: Mapping[str, Tensor]) -> list[str]:
+    """In words, where the position bias was trained with other windows than the model takes it to be."""
+    modules, counts = dict(model.named_modules()), Counter[str]()
+    for name, table in tables.items():
+        attn: Any = modules.get(name.rpartition(".")[0])
+        if attn is None or table.dim() != 4 or table.is_meta:
+            continue
+        own = tuple(p or w for p, w in zip(attn.pretrained_window_size, attn.window_size, strict=True))
+        theirs = tuple(
+            trained_window(float(table[0, -1, -1, axis]), (table.shape[1 + axis] + 1) // 2) or own[axis]
+            for axis in range(2)
+        )
+        if theirs != own:
+            counts[f"the position bias was trained with the window {theirs} and is taken to be of {own}"] += 1
+    return [f"{what}: {count} (see pretrained_window_sizes)" for what, count in counts.items()]
+
+
+def trained_window(coordinate: float, window: int) -> int | None:
+    """The pretrained window of which ``coordinate``, log-spaced, is the largest offset in ``window``; None of one."""
+    return None if window == 1 or not coordinate > 0 else 1 + round(8 * (window - 1) / (2 ** (3 * coordinate) - 1))
