@@ -173,7 +173,7 @@ def test_shortest_vectors(length, backend, device):
         assert not actual["dq"].any()
     else:
         torch.testing.assert_close(
-            actual["dq"], expected["dq"], rtol=1e-3, atol=1e-3 * float(expected["dq"].abs().max())
+            actual["dq"], expected["dq"], rtol=1e-5, atol=1e-6 * float(expected["dq"].abs().max())
         )
 
 
