@@ -10,6 +10,7 @@ import torch
 
 import swinops
 from swinops import backends, reference, window_attention, window_partition
+from swinops.backends import cuda
 from swinops.testing import random_tensor
 
 OPS = [
@@ -164,3 +165,50 @@ def test_float64_bias_leaves_the_dtype_of_the_log_sum_exp():
     bias = torch.zeros(1, 4, 4, dtype=torch.float64)
     arguments = (x, x, x, bias, None, [2, 2], [1, 1], None, "pad_roll", -100.0, "reference")
     torch.library.opcheck(torch.ops.swinops.window_attention, arguments)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The CUDA backend's launches go to a stand-in for swinops._C: what it was given, and the stream and device."""
+    calls, devices = [], []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            devices.append(self.device)
+
+        def __exit__(self, *error):
+            devices.append("left")
+
+    extension = SimpleNamespace(window_partition=lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(cuda, "extension", lambda: (extension, None))
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    return SimpleNamespace(calls=calls, devices=devices, extension=extension)
+
+
+def test_cuda_launches_on_the_tensors_device(launched):
+    x = random_tensor((2, 4, 4, 3), 0)
+    cuda.window_partition(x, (2, 2), (1, 1))
+    assert launched.devices == [x.device, "left"]
+    (call,) = launched.calls
+    assert call["stream"] == 7 and call["image"] == x.data_ptr()
+
+
+def test_cuda_error_carries_op_and_shapes(launched):
+    def fail(**arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    launched.extension.window_partition = fail
+    with pytest.raises(RuntimeError) as error:
+        cuda.window_partition(random_tensor((2, 4, 4, 3), 0, torch.float16), (2, 2), (1, 1))
+    assert str(error.value) == (
+        "window_partition of image [2, 1, 4, 4, 3] torch.float16, windows [8, 1, 2, 2, 3] torch.float16: "
+        "CUDA error: an illegal memory access was encountered"
+    )
+    assert launched.devices[-1] == "left"  # the device that was current is so again
+    launched.extension.window_partition = lambda **arguments: 1 / 0
+    with pytest.raises(ZeroDivisionError):  # no error of CUDA's
+        cuda.window_partition(random_tensor((2, 4, 4, 3), 0), (2, 2), (1, 1))
