@@ -1,5 +1,6 @@
 """Which backend runs a call, and what is said where one cannot."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 import swinops
 from swinops import backends, reference, window_attention, window_partition
-from swinops.backends import cuda
+from swinops.backends import choice, cuda
 from swinops.testing import random_tensor
 
 OPS = [
@@ -50,7 +51,7 @@ def test_unknown_backend():
         window_partition(torch.ones(1, 4, 4, 1), 2, backend="tpu")
 
 
-def test_auto_lists_every_reason(monkeypatch):
+def test_auto_lists_every_reason(rows, monkeypatch):
     """An op on a CUDA tensor never falls back to the reference in silence."""
     monkeypatch.setattr(backends, "why_not", lambda name, x, op: f"no {name} today")
     with pytest.raises(RuntimeError) as error:
@@ -61,13 +62,121 @@ def test_auto_lists_every_reason(monkeypatch):
     )
 
 
-def test_auto_takes_the_fastest_that_can(monkeypatch):
-    reasons = {"cuda": "no", "triton": None, "reference": None}
+@pytest.fixture
+def rows(monkeypatch):
+    """The rows that "auto" chooses by, for a test to fill; the GPU is a 9.0."""
+    table = []
+    monkeypatch.setattr(choice, "rows", lambda: table)
+    monkeypatch.setattr(choice, "architecture", lambda device: 90)
+    choice.order.cache_clear()
+    yield table
+    choice.order.cache_clear()
+
+
+def row(cuda=2.0, triton=1.0, **changes):
+    same = {
+        "op": "window_attention",
+        "direction": "forward",
+        "arch": 90,
+        "dtype": "float32",
+        "tokens": 49,
+        "channels": 32,
+    }
+    end = {"unit": "ns a window and head", "source": "static", "device": "", "commit": "abc"}
+    return choice.Row(**{**same, "cuda": cuda, "triton": triton, **end, **changes})
+
+
+def test_auto_takes_the_first_that_can(rows, monkeypatch):
+    """The fastest by the row, or the next one; without a row in the order of MODULES."""
+    assert (*choice.KERNELS, "reference") == tuple(backends.MODULES)
+    reasons = {"cuda": None, "triton": None, "reference": None}
     monkeypatch.setattr(backends, "why_not", lambda name, x, op: reasons[name])
     monkeypatch.setattr(backends, "module", lambda name: name)
-    assert backends.resolve("auto", ON_CUDA, "window_attention") == "triton"
-    reasons["cuda"] = None
-    assert backends.resolve("auto", ON_CUDA, "window_attention") == "cuda"
+
+    def chosen(**arguments):
+        choice.order.cache_clear()
+        return backends.resolve("auto", ON_CUDA, "window_attention", 49, **arguments)
+
+    assert chosen() == "cuda"
+    rows.append(row(cuda=2.0, triton=1.0))
+    assert chosen() == "triton" and chosen(backward=True) == "cuda"
+    reasons["triton"] = "no"
+    assert chosen() == "cuda"
+    rows[0] = row(cuda=1.0, triton=1.0)
+    reasons |= {"cuda": "no", "triton": None}
+    assert chosen() == "triton"
+
+
+def test_the_nearest_row_decides(rows):
+    def nearest(op="window_attention", direction="forward", arch=90, dtype="float32", tokens=49, channels=32):
+        return choice.nearest(op, direction, arch, dtype, tokens, channels)
+
+    assert nearest() is None
+    rows += [row(), row(arch=80), row(tokens=64), row(tokens=256), row(channels=64), row(direction="backward")]
+    assert nearest() is rows[0]
+    assert nearest(direction="backward") is rows[5]
+    assert nearest(op="cosine_attention") is None and nearest(dtype="float16") is None
+    # an architecture: the same, else the nearest older
+    assert nearest(arch=89) is rows[1] and nearest(arch=100) is rows[0] and nearest(arch=75) is None
+    assert nearest(arch=89, tokens=64, channels=64) is rows[1]
+    # tokens, then channels: the nearest at or above, else the largest
+    assert [nearest(tokens=n).tokens for n in (0, 49, 50, 64, 65, 256, 2304)] == [49, 49, 64, 64, 256, 256, 256]
+    assert [nearest(channels=n).channels for n in (16, 32, 33, 64, 128)] == [32, 32, 64, 64, 64]
+    assert nearest(tokens=64, channels=64) is rows[2]
+    # what was measured counts, wherever in the table it stands
+    rows.append(row(source="measured", device="H100"))
+    assert nearest() is rows[-1]
+    assert nearest(tokens=60) is rows[2]
+
+
+def test_a_row_says_why():
+    assert row(cuda=12.14, triton=14.0).why == "static model: 12.1 against 14 ns a window and head; not measured"
+    measured = row(cuda=14.0, triton=12.14, source="measured", device="an H100", unit="us")
+    assert measured.why == "measured on an H100 at abc: 12.1 against 14 us"
+    assert measured.order == ("triton", "cuda") and row(cuda=1.0, triton=1.0).order == ("cuda", "triton")
+
+
+def test_attention_asks_with_its_tokens_and_direction(monkeypatch):
+    asked = []
+    resolve = backends.resolve
+    for op in ("attention", "relative_position_bias", "continuous_position_bias"):
+        # importlib: a function of that name hides the module
+        module = importlib.import_module(f"swinops.ops.{op}")
+        monkeypatch.setattr(module, "resolve", lambda *a, **named: asked.append((a[2:], named)) or resolve(*a, **named))
+    x = random_tensor((1, 4, 6, 2, 8), 0).requires_grad_()
+    swinops.window_attention(x, x, x, window_size=(4, 3)).sum().backward()
+    swinops.cosine_attention_qkvpacked(
+        x[..., None, :, :].expand(-1, -1, -1, 3, -1, -1), x[0, 0, 0, :, 0], window_size=4
+    ).sum().backward()
+    swinops.relative_position_bias(random_tensor((35, 2), 0).requires_grad_(), (3, 4)).sum().backward()
+    weights = (random_tensor(shape, 0).requires_grad_() for shape in ((4, 2), (4,), (1, 4)))
+    swinops.continuous_position_bias(*weights, 3).sum().backward()
+    wanted = {
+        "window_attention": 12,
+        "cosine_attention": 16,
+        "relative_position_bias": 12,
+        "continuous_position_bias": 9,
+    }
+    assert asked == [
+        ((op, tokens), named) for op, tokens in wanted.items() for named in ({}, {"backward": True})
+    ]  # fmt: skip
+
+
+def test_the_table_of_choices():
+    """One row for each key; what was measured names where; the order in the file is its own."""
+    table = choice.rows()
+    keys = [(*each[:6], each.source) for each in table]
+    assert len(set(keys)) == len(keys) and list(table) == sorted(table)
+    for each in table:
+        assert each.op in OPS and each.direction in ("forward", "backward") and hasattr(torch, each.dtype)
+        assert each.cuda > 0 and each.triton > 0 and each.unit and each.commit
+        assert each.source == ("measured" if each.device else "static")
+
+
+@pytest.mark.parametrize("capability, arch", [((8, 9), 89), ((9, 0), 90), ((10, 3), 103), ((12, 0), 80)])
+def test_architecture_of_a_choice(capability, arch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choice.architecture(torch.device("cuda")) == arch
 
 
 @pytest.mark.parametrize("op", OPS)

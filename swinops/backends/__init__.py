@@ -9,7 +9,8 @@ from types import ModuleType
 
 from torch import Tensor
 
-# fastest first
+from swinops.backends import choice
+
 MODULES = {"cuda": "swinops.backends.cuda", "triton": "swinops.kernels", "reference": "swinops.reference"}
 
 
@@ -34,8 +35,12 @@ def why_not(name: str, x: Tensor, op: str) -> str | None:
     return reason
 
 
-def resolve(name: str, x: Tensor, op: str) -> ModuleType:
-    """The module that runs ``op`` on ``x``: the one asked for, or for ``"auto"`` the fastest that can.
+def resolve(name: str, x: Tensor, op: str, tokens: int = 0, backward: bool = False) -> ModuleType:
+    """The module that runs ``op`` on ``x``: the one asked for, or for ``"auto"`` the fastest that can (see ``choice``).
+
+    Args:
+        tokens: Of a window, where the op has windows.
+        backward: It is the op's gradient that is to run.
 
     Raises:
         RuntimeError: with every reason, where the backend asked for cannot run, or no kernel can run on a CUDA tensor.
@@ -48,12 +53,11 @@ def resolve(name: str, x: Tensor, op: str) -> ModuleType:
     if x.device.type != "cuda":
         return module("reference")
     reasons = []
-    for kernel in MODULES:
-        if kernel != "reference":
-            reason = why_not(kernel, x, op)
-            if reason is None:
-                return module(kernel)
-            reasons.append(f"{kernel}: {reason}")
+    for kernel in choice.order(op, backward, x.device, x.dtype, tokens, x.shape[-1]):
+        reason = why_not(kernel, x, op)
+        if reason is None:
+            return module(kernel)
+        reasons.append(f"{kernel}: {reason}")
     raise RuntimeError(
         f"no kernel can run {op} on this CUDA tensor ({'; '.join(reasons)}); "
         'backend="reference" runs it in plain PyTorch'

@@ -91,7 +91,7 @@ def register_op(name: str, op: str, inputs: tuple[str, ...], schema: str, argume
     @torch.library.impl(f"swinops::{op}", "CompositeExplicitAutograd")
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, call = checked(*args)
-        run = getattr(resolve(call.backend, q, name), name)
+        run = getattr(resolve(call.backend, q, name, math.prod(call.window)), name)
         outputs: tuple[Tensor, Tensor] = run(q, k, v, *call[:tensors], *call.settings(q))
         return outputs
 
@@ -113,7 +113,7 @@ def register_op(name: str, op: str, inputs: tuple[str, ...], schema: str, argume
         q, k, v, call = checked(*args)
         check_same("dout", dout, "q", q)
         grads: tuple[Tensor, ...] = backward_fake(dout, out, lse, wanted, *args)
-        run = getattr(resolve(call.backend, q, name), f"{name}_backward")
+        run = getattr(resolve(call.backend, q, name, math.prod(call.window), backward=True), f"{name}_backward")
         dqkv = unpack(*grads[:count]) if count == 1 else grads[:count]
         further = [x if x.numel() else None for x in grads[count:]]
         run(dout, q, k, v, *call[:tensors], out, lse, *dqkv, *further, *call.settings(q))

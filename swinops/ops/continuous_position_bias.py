@@ -97,7 +97,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     check(w1, b1, w2, window, pretrained)
-    chosen = resolve(backend, w1, "continuous_position_bias")
+    chosen = resolve(backend, w1, "continuous_position_bias", math.prod(window))
     outputs: tuple[Tensor, Tensor] = chosen.continuous_position_bias(w1, b1, w2, window, pretrained, log_spaced)
     return outputs
 
@@ -132,7 +132,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check(w1, b1, w2, window, pretrained)
     check_gradient(dbias, table, w2, window)
-    chosen = resolve(backend, w1, "continuous_position_bias")
+    chosen = resolve(backend, w1, "continuous_position_bias", math.prod(window), backward=True)
     grads: tuple[Tensor, Tensor, Tensor] = chosen.continuous_position_bias_backward(
         dbias, table, w1, b1, w2, window, pretrained, log_spaced
     )

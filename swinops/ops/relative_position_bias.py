@@ -66,7 +66,8 @@ torch.library.define(
 @torch.library.impl("swinops::relative_position_bias", "CompositeExplicitAutograd")
 def _forward(table: Tensor, window: Sequence[int], backend: str) -> Tensor:
     check(table, window)
-    bias: Tensor = resolve(backend, table, "relative_position_bias").relative_position_bias(table, window)
+    chosen = resolve(backend, table, "relative_position_bias", math.prod(window))
+    bias: Tensor = chosen.relative_position_bias(table, window)
     return bias
 
 
@@ -79,7 +80,7 @@ def _forward_fake(table: Tensor, window: Sequence[int], backend: str) -> Tensor:
 @torch.library.impl("swinops::relative_position_bias_backward", "CompositeExplicitAutograd")
 def _backward(dbias: Tensor, window: Sequence[int], backend: str) -> Tensor:
     check_backward(dbias, window)
-    chosen = resolve(backend, dbias, "relative_position_bias")
+    chosen = resolve(backend, dbias, "relative_position_bias", math.prod(window), backward=True)
     dtable: Tensor = chosen.relative_position_bias_backward(dbias, window)
     return dtable
 
