@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,11 @@ from torch import nn
 
 import swinops
 from swinops import backends, reference, verify
-from swinops.backends import cuda
+from swinops.backends import choice, cuda
 from swinops.benchmarks import command
+from swinops.text import aligned
+
+WINDOWS, HEAD_DIM = (7, 8, 12, 16), 32  # of published models
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,18 +87,63 @@ def info(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for key, value in facts.items():
-        if key != "backends":
+        if key not in ("backends", "choices"):
             print(f"{key:<11}{value or 'none'}")
     print(f"\nBackends on {facts['device']}:")
     for backend, reasons in facts["backends"].items():
         for reason in dict.fromkeys(reasons.values()):  # each once, in order
             ops = ", ".join(op for op in reasons if reasons[op] == reason)
             print(f"{backend:<11}{'runs ' + ops if reason is None else f'cannot run {ops}: {reason}'}")
+    print('\nThe kernel that backend="auto" takes where both run, and the times that decide:')
+    print("\n".join(aligned(list(choice_table(facts["choices"])))))
     return 0
 
 
+def choice_table(choices: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """A line for what is the same but for the window, with a cell for each window."""
+    yield "op", "direction", "arch", "dtype", *(f"window {window}" for window in WINDOWS), "basis"
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for each in choices:
+        if each["times"]:
+            first, second = sorted(each["times"].values())
+            line = (
+                each["op"],
+                each["direction"],
+                f"sm_{each['arch']}",
+                each["dtype"],
+                f"{each['basis']}, {each['unit']}",
+            )
+            cell = f"{each['backend']} {first:.3g} < {second:.3g}"
+        else:  # whatever the direction, the architecture and the dtype
+            line, cell = (each["op"], "", "", "", each["basis"]), each["backend"]
+        lines.setdefault(line, {})[each["window"]] = cell
+    for (*start, basis), cells in lines.items():
+        yield *start, *(cells.get(window, "") for window in WINDOWS), basis
+
+
+def choices(archs: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """What "auto" takes of each op that has several kernels, on those architectures, and by which row."""
+    directions = {
+        op: ("forward",) if op in ("window_partition", "window_merge") else ("forward", "backward") for op in cuda.OPS
+    }
+    for op, arch, dtype, window in itertools.product(cuda.OPS, archs, ("bfloat16", "float16", "float32"), WINDOWS):
+        for direction in directions[op]:
+            row = choice.nearest(op, direction, arch, dtype, window**2, HEAD_DIM)
+            yield {
+                "op": op, "direction": direction, "arch": arch, "dtype": dtype, "window": window,
+                "backend": row.order[0] if row else choice.KERNELS[0],
+                "times": {name: getattr(row, name) for name in choice.KERNELS} if row else {},
+                "unit": row.unit if row else "",
+                "basis": row.basis if row else f"no times: {' before '.join(choice.KERNELS)}",
+            }  # fmt: skip
+
+
 def environment() -> dict[str, Any]:
-    """What a bug report needs. Under "backends", for each backend and op, None or the reason why it cannot run here."""
+    """What a bug report needs.
+
+    Under "backends", for each backend and op, None or the reason why it cannot run here; under "choices" what "auto"
+    takes on this GPU, or on three where there is none.
+    """
     gpu = torch.cuda.is_available()
     x = torch.empty(0, 1, 1, 1, 32, device="cuda" if gpu else "cpu")
     ops = [name for name in reference.__all__ if name != "why_not" and not name.endswith("_backward")]
@@ -109,6 +158,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "device": x.device.type,
         "backends": {name: {op: backends.why_not(name, x, op) for op in ops} for name in backends.MODULES},
+        "choices": list(choices([choice.architecture(x.device)] if gpu else (80, 90, 100))),
     }
 
 

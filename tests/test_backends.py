@@ -130,7 +130,7 @@ def test_the_nearest_row_decides(rows):
 
 
 def test_a_row_says_why():
-    assert row(cuda=12.14, triton=14.0).why == "static model: 12.1 against 14 ns a window and head; not measured"
+    assert row(cuda=12.14, triton=14.0).why == "static model, not measured: 12.1 against 14 ns a window and head"
     measured = row(cuda=14.0, triton=12.14, source="measured", device="an H100", unit="us")
     assert measured.why == "measured on an H100 at abc: 12.1 against 14 us"
     assert measured.order == ("triton", "cuda") and row(cuda=1.0, triton=1.0).order == ("cuda", "triton")
@@ -321,3 +321,81 @@ def test_cuda_error_carries_op_and_shapes(launched):
     launched.extension.window_partition = lambda **arguments: 1 / 0
     with pytest.raises(ZeroDivisionError):  # no error of CUDA's
         cuda.window_partition(random_tensor((2, 4, 4, 3), 0), (2, 2), (1, 1))
+
+
+def write(path, *rows):
+    from swinops.benchmarks.choice import write
+
+    write(rows, path)
+    return path
+
+
+def test_measured_rows_come_from_the_benchmarks_file(tmp_path, capsys):
+    """Sums over shapes of one key; a backward is the difference; what one backend could not do is left out."""
+    pytest.importorskip("triton")
+    from swinops.benchmarks.choice import main
+
+    lines = ["op,shape,direction,impl,median_ms,dtype,device,commit"]
+
+    def add(op, shape, dtype="float16", **times):
+        for impl, (forward, both) in times.items():
+            for direction, time in (("forward", forward), ("forward+backward", both)):
+                lines.append(f'{op},"{shape}",{direction},{impl},{time},{dtype},an H100,abc')
+
+    kernels = {"swinops-cuda": (0.1, 0.3), "swinops-triton": (0.12, 0.31), "pytorch": (1, 3)}
+    add("window_attention", "128 x 56 x 56, 3 heads of 32, window 7, shift 0", **kernels)
+    add("window_attention", "128 x 56 x 56, 3 heads of 32, window 7, shift 3", **kernels)
+    add("window_attention", "2 x 64 x 64, 3 heads of 32, window 8, shift 4", **{**kernels, "swinops-cuda": ("", "")})
+    add("window_partition", "128 x 56 x 56 x 96, window 7, shift 3", **kernels)
+    add("relative_position_bias", "window 12, 4 heads", **kernels)
+    add("relative_position_bias", "window 16, 4 heads", dtype="tf32", **kernels)
+    (tmp_path / "ops.csv").write_text("\n".join(lines) + "\n")
+    static, other = row(), row(source="measured", device="an A100", arch=80)
+    path = write(tmp_path / "choice.csv", static, other, row(source="measured", device="an H100", dtype="float16"))
+    assert main(["--measured", str(tmp_path / "ops.csv"), "--arch", "90"], path) == 0
+    measured = {"unit": "us", "source": "measured", "device": "an H100", "dtype": "float16"}
+    assert choice.read(path) == sorted([
+        static,
+        other,
+        row(200.0, 240.0, **measured),
+        row(400.0, 380.0, direction="backward", **measured),
+        row(100.0, 120.0, op="window_partition", channels=96, **measured),
+        row(100.0, 120.0, op="relative_position_bias", tokens=144, channels=4, **measured),
+        row(200.0, 190.0, op="relative_position_bias", direction="backward", tokens=144, channels=4, **measured),
+    ])  # fmt: skip
+    assert "5 measured rows written, 7 in all" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--measured", str(tmp_path / "ops.csv")], path)
+    assert "--measured and --arch go together" in capsys.readouterr().err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["choice.csv", "ops.csv"]
+
+
+def test_static_rows_leave_measured_ones(tmp_path):
+    pytest.importorskip("triton")
+    from swinops.benchmarks.choice import merge
+
+    measured, new = row(source="measured", device="an H100"), row(tokens=144)
+    assert merge([row(), row(tokens=64), measured], [new], "static") == [measured, new]
+
+
+def test_a_static_row_of_every_case(monkeypatch):
+    """Kernels run one after the other, each as long as issue or memory takes."""
+    pytest.importorskip("triton")
+    from swinops.benchmarks import choice as writer
+
+    def reader(issue):
+        kernels = (issue, 2.0), (None, 0.5)
+        return lambda case: [SimpleNamespace(issue_ns=i and (i, i / 2), memory_ns=m) for i, m in kernels]
+
+    monkeypatch.setattr(writer, "READERS", {"cuda": reader(1.0), "triton": reader(3.0)})
+    monkeypatch.setattr(cuda, "OPS", ("window_attention", "relative_position_bias", "window_merge"))
+    made = [writer.estimate(case) for case in writer.cases()]
+    assert {(each.cuda, each.triton) for each in made} == {(2.5, 3.5)}
+    found = {(each.op, each.direction, each.dtype, each.channels, each.unit) for each in made}
+    assert len(made) == len(found) * 3 * 4  # architectures and windows
+    dtypes, ways = ("bfloat16", "float16", "float32"), ("forward", "backward")
+    assert found == {
+        *(("window_attention", way, dtype, 32, "ns a window and head") for way in ways for dtype in dtypes),
+        *(("relative_position_bias", way, "float32", 3, "ns a head") for way in ways),
+        *(("window_merge", "forward", dtype, 96, "ns a window") for dtype in dtypes),
+    }

@@ -139,6 +139,43 @@ def test_what_is_missing_is_named(capsys, monkeypatch):
     assert "the benchmarks need matplotlib" in failure(capsys, "bench")
 
 
+def test_info_says_what_auto_takes(monkeypatch, capsys):
+    """By which row of the table, or that there is none; in a line what differs by the window alone."""
+    from swinops.backends import choice, cuda
+
+    row = choice.Row(
+        "window_merge", "forward", 80, "bfloat16", 49, 96, 2.31, 3.0, "ns a window", "static", device="", commit="abc"
+    )
+    wider = row._replace(tokens=64, cuda=3.3)
+    measured = row._replace(arch=90, cuda=33.0, triton=31.0, unit="us", source="measured", device="an H100")
+    monkeypatch.setattr(choice, "rows", lambda: (row, wider, measured))
+    monkeypatch.setattr(cuda, "OPS", ("window_merge", "window_attention"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["info"]) == 0
+    table = [" ".join(line.split()) for line in capsys.readouterr().out.partition("that decide:\n")[2].splitlines()]
+    none = "cuda cuda cuda cuda no times: cuda before triton"
+    assert table == [
+        "op direction arch dtype window 7 window 8 window 12 window 16 basis",
+        "window_merge forward sm_80 bfloat16 cuda 2.31 < 3"
+        + " triton 3 < 3.3" * 3
+        + " static model, not measured, ns a window",
+        f"window_merge {none}",
+        *(
+            f"window_merge forward {arch} bfloat16{' triton 31 < 33' * 4} measured on an H100 at abc, us"
+            for arch in ("sm_90", "sm_100")
+        ),
+        f"window_attention {none}",
+    ]
+
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["choices"]
+    assert len(found) == 3 * 3 * 4 * 3  # architectures, dtypes and windows; merge forward, attention both ways
+    assert found[0] == {
+        "op": "window_merge", "direction": "forward", "arch": 80, "dtype": "bfloat16", "window": 7, "backend": "cuda",
+        "times": {"cuda": 2.31, "triton": 3.0}, "unit": "ns a window", "basis": "static model, not measured",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [SWIN, f"{SWIN}.ms_in1k"])
 def test_explain_a_swin(name, capsys):
     pytest.importorskip("timm")

@@ -43,12 +43,15 @@ class Row(NamedTuple):
         return tuple(sorted(KERNELS, key=lambda name: float(getattr(self, name))))
 
     @property
+    def basis(self) -> str:
+        if self.source == "measured":
+            return f"measured on {self.device} at {self.commit}"
+        return "static model, not measured"
+
+    @property
     def why(self) -> str:
         first, second = sorted((self.cuda, self.triton))
-        times = f"{first:.3g} against {second:.3g} {self.unit}"
-        if self.source == "measured":
-            return f"measured on {self.device} at {self.commit}: {times}"
-        return f"static model: {times}; not measured"
+        return f"{self.basis}: {first:.3g} against {second:.3g} {self.unit}"
 
 
 def read(path: Path) -> list[Row]:

@@ -1,0 +1,140 @@
+"""Writes swinops/backends/choice.csv, the times by which ``backend="auto"`` takes CUDA's kernel or Triton's.
+
+    python -m swinops.benchmarks.choice                                             # static rows anew; needs no GPU
+    python -m swinops.benchmarks.choice --measured results/<device>/ops.csv --arch 90   # what make bench measured there
+
+Static rows leave measured ones alone, and measured rows those of other devices' architectures and other sizes.
+"""
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from swinops.backends import choice, cuda
+from swinops.backends.choice import KERNELS, Row
+from swinops.benchmarks import harness, static
+
+WINDOWS = (7, 8, 12, 16)
+HEAD_DIM = 32
+DTYPES = ("bfloat16", "float16", "float32")
+# how a backend's kernels are compiled and read; one that is not here has no static rows
+READERS: dict[str, Callable[[static.Case], list[static.Row]]] = {"triton": static.Case.measure}
+
+
+def cases() -> Iterator[static.Case]:
+    """What static.py can compile of the ops that have a CUDA kernel."""
+    for op in static.OPS:
+        if op.removesuffix("_backward") in cuda.OPS:
+            dtypes = DTYPES if op not in static.BIAS else ("float32",)
+            for arch, dtype, window in itertools.product(static.DEVICES, dtypes, WINDOWS):
+                yield static.Case(arch, op, window, window // 2, HEAD_DIM, dtype)
+
+
+def time_of(rows: Iterable[static.Row]) -> float:
+    """Nanoseconds for one item: what the kernels take one after the other, each as long as issue or memory takes."""
+    return sum(max([row.memory_ns, *(row.issue_ns or ())]) for row in rows)
+
+
+def estimate(case: static.Case) -> Row:
+    times = {name: round(time_of(READERS[name](case)), 3) for name in KERNELS}
+    attention, bias = case.op in static.ATTENTION, case.op in static.BIAS
+    return Row(
+        op=case.op.removesuffix("_backward"),
+        direction="backward" if case.op.endswith("_backward") else "forward",
+        arch=case.arch,
+        dtype=case.dtype if not bias else "float32",
+        tokens=case.window**2,
+        channels=case.head_dim if attention else case.heads if bias else case.heads * case.head_dim,
+        **times,
+        unit="ns a window and head" if attention else "ns a head" if bias else "ns a window",
+        source="static",
+        device="",
+        commit=harness.commit(),
+    )
+
+
+def measured(path: Path, arch: int) -> Iterator[Row]:
+    """The rows in an ops.csv of make bench in which both backends were timed; of several shapes the sum.
+
+    A backward's time is what forward and backward take together, less the forward's.
+    """
+    shapes: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            if line["impl"].removeprefix("swinops-") in KERNELS and line["median_ms"] and line["dtype"] in DTYPES:
+                key = tuple(line[name] for name in ("op", "dtype", "shape", "device", "commit"))
+                found = shapes.setdefault(key, {})
+                found[line["impl"].removeprefix("swinops-"), line["direction"]] = float(line["median_ms"]) * 1e3
+    sums: dict[tuple[Any, ...], dict[str, float]] = {}
+    for (op, dtype, shape, device, commit), times in shapes.items():
+        if len(times) < 2 * len(KERNELS):
+            continue
+        tokens, channels = sizes(shape)
+        for name in KERNELS:
+            forward, both = times[name, harness.FORWARD], times[name, harness.BOTH]
+            # partition and merge are each other's gradients
+            backward = {} if op in ("window_partition", "window_merge") else {"backward": both - forward}
+            for direction, time in {"forward": forward, **backward}.items():
+                total = sums.setdefault((op, direction, arch, dtype, tokens, channels, device, commit), {})
+                total[name] = total.get(name, 0.0) + time
+    for (*key, device, commit), times in sums.items():
+        if min(times.values()) > 0:
+            rounded = {name: round(time, 2) for name, time in times.items()}
+            yield Row(*key, **rounded, unit="us", source="measured", device=device, commit=commit)
+
+
+def sizes(shape: str) -> tuple[int, int]:
+    """Tokens of a window and length of the last axis, from a benchmark's words for its shape."""
+    window = re.search(r"window (\d+)", shape)
+    channels = re.search(r"heads of (\d+)|(\d+), window|window \d+, (\d+) heads", shape)
+    assert window and channels, f"no window and channels in {shape!r}"
+    return int(window[1]) ** 2, int(next(filter(None, channels.groups())))
+
+
+def merge(old: Iterable[Row], new: Iterable[Row], source: str) -> list[Row]:
+    """``new`` replaces the static rows, or the measured ones of the same keys; sorted."""
+    fresh = {row[:6]: row for row in new}
+    kept = [row for row in old if row.source != source or (source == "measured" and row[:6] not in fresh)]
+    return sorted([*kept, *fresh.values()])
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    with harness.whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+
+
+def main(argv: Sequence[str] | None = None, path: Path = choice.PATH) -> int:
+    parser = argparse.ArgumentParser(description='Write the times by which backend="auto" chooses.')
+    parser.add_argument("--measured", type=Path, metavar="CSV", help="an ops.csv of make bench, in place of static.py")
+    parser.add_argument("--arch", type=int, help="of the GPU that it was measured on: 90 for compute capability 9.0")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
+    arguments = parser.parse_args(argv)
+    if (arguments.measured is None) != (arguments.arch is None):
+        parser.error("--measured and --arch go together")
+    old = choice.read(path)
+    if arguments.measured:
+        source, new = "measured", list(measured(arguments.measured, arguments.arch))
+    else:
+        unread = [name for name in KERNELS if name not in READERS]
+        if unread:
+            parser.error(f"static.py does not read the kernels of {', '.join(unread)} yet")
+        # spawned: torch's threads do not survive a fork
+        with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+            source, new = "static", list(pool.map(estimate, cases()))
+    rows = merge(old, new, source)
+    write(rows, path)
+    print(f"{path}: {len(new)} {source} rows written, {len(rows)} in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
