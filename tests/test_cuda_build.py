@@ -1,17 +1,12 @@
 """The CUDA backend and its kernels without a GPU.
 
-A host compiler builds the files that nvcc builds, over tests/cuda_on_cpu/cuda_runtime.h, which runs a kernel's threads
-one after the other.
+A host compiler builds the files that nvcc builds, over the emulator of tests/emulator, which runs their kernels.
 """
 
 import contextlib
-import importlib.util
 import itertools
 import mmap
 import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,30 +17,18 @@ from hypothesis import strategies as st
 from swinops import reference
 from swinops.backends import cuda
 
-ROOT = Path(__file__).parents[1]
+from . import emulator
 
 pytestmark = pytest.mark.xdist_group("cuda_build")
 
 
 @pytest.fixture(scope="module")
-def host_extension(tmp_path_factory):
+def host_extension():
     """swinops._C, built by the host's compiler."""
-    if not (ROOT / "csrc").exists() or shutil.which("g++") is None:
+    if shutil.which("g++") is None:
         pytest.skip("there is no g++")
-    pybind11 = pytest.importorskip("pybind11")
-    library = tmp_path_factory.mktemp("cuda_on_cpu") / "_C.so"
-    includes = (ROOT / "tests/cuda_on_cpu", pybind11.get_include(), sysconfig.get_path("include"))
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", '-DSWINOPS_ARCHS="host"']
-    command += [f"-I{path}" for path in includes]
-    # undefined behaviour ends the process: overflowing offsets and misaligned vectors among it
-    command += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    command += ["-x", "c++", *map(str, sorted((ROOT / "csrc").glob("*.c[up]*"))), "-o", str(library)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    spec = importlib.util.spec_from_file_location("_C", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    pytest.importorskip("pybind11")
+    return emulator.extension()
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +36,7 @@ def backend(host_extension):
     """The CUDA backend, with the host's build in place of nvcc's and no GPU to select."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "extension", lambda: (host_extension, None))
+        patch.setattr(cuda, "address", emulator.address)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
         yield cuda

@@ -58,6 +58,11 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return built <= capability and (built[0] == capability[0] or arch.endswith("+PTX"))
 
 
+def address(x: Tensor | None) -> int:
+    """Where a tensor's first element lies; 0 for None. Kernels get every address from here."""
+    return 0 if x is None else x.data_ptr()
+
+
 class launching:
     """Within, the tensors' device is the current one; a CUDA error then carries the op and their shapes. -> the stream
 
@@ -105,8 +110,8 @@ def _launch(op: str, image: Tensor, windows: Tensor, shift: Sequence[int]) -> No
     batch, *size, channels = image.shape
     with launching(op, image=image, windows=windows) as stream:
         getattr(extension()[0], op)(
-            image=image.data_ptr(),
-            windows=windows.data_ptr(),
+            image=address(image),
+            windows=address(windows),
             batch=batch,
             size=size,
             channels=channels,

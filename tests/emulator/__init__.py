@@ -1,0 +1,159 @@
+"""Builds CUDA sources with g++ over the emulator, and runs their kernels on CPU tensors."""
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+CACHE = Path(tempfile.gettempdir()) / f"swinops-emulator-{os.getuid()}"
+
+FLAGS = ("-O2", "-g1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE")
+# products and sums are rounded one by one, as they are written: nvcc fuses them where it likes
+FLAGS += ("-ffp-contract=off", '-DSWINOPS_ARCHS="80"')
+# the emulator answers the calls that these insert, at every load, store and possible undefined behaviour of a kernel
+KERNEL_FLAGS = (
+    "-fsanitize=thread,alignment,null,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-ftrivial-auto-var-init=pattern",
+)
+
+
+def build(*sources: Path) -> Path:
+    """A shared library of CUDA files (.cu), C++ files (.cpp) and the emulator. Built once for each content."""
+    CACHE.mkdir(exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_object, (HERE / "emulator.cpp", *sources)))
+        library = CACHE / f"{digest(*(path.name for path in objects))}.so"
+        if not library.exists():
+            run("g++", "-shared", "-o", library, *objects)
+    return library
+
+
+def compile_object(source: Path) -> Path:
+    flags = [*FLAGS, "-I", HERE, "-I", CSRC]
+    if source.suffix == ".cu":
+        flags += KERNEL_FLAGS
+    elif source == HERE / "emulator.cpp":
+        flags += ["-O3"]
+    else:
+        import pybind11
+
+        flags += ["-O0", "-g0", "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
+    headers = sorted(path for folder in (HERE, CSRC) for path in folder.glob("*.*h"))
+    content = (path.read_bytes() for path in (source, *headers))
+    target = CACHE / f"{source.stem}-{digest(*map(str, flags), *content)}.o"
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        run("g++", *flags, "-c", "-x", "c++", source, "-o", partial)
+        partial.rename(target)
+    return target
+
+
+def digest(*parts: str | bytes) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.encode() if isinstance(part, str) else part)
+        sha.update(b"\0")
+    return sha.hexdigest()[:16]
+
+
+def run(*command: Any) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
+
+
+class Address(int):
+    """A tensor's address, which knows the tensor."""
+
+    tensor: Tensor | None
+
+
+def address(tensor: Tensor | None) -> Address:
+    """In place of ``swinops.backends.cuda.address``: 0 for None."""
+    result = Address(0 if tensor is None else tensor.data_ptr())
+    result.tensor = tensor
+    return result
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+class Library:
+    """A built library. Its functions know the tensors whose addresses they are given, and no other memory."""
+
+    def __init__(self, path: Path, functions: Any = None):
+        self.path = path
+        self.native = ctypes.CDLL(str(path))
+        self.native.emulator_set_seed.argtypes = [ctypes.c_uint64]
+        self.native.emulator_register_range.argtypes = [
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+            ctypes.c_size_t,
+            ctypes.c_bool,
+        ]
+        self.native.emulator_error_string.restype = ctypes.c_char_p
+        self.functions = functions
+        self.seed(int(os.environ.get("SWINOPS_EMULATOR_SEED", "0")))
+
+    def seed(self, seed: int) -> None:
+        """Choose the order in which threads run, and when asynchronous copies read."""
+        self.native.emulator_set_seed(seed)
+
+    def launch(self, name: str, *args: Tensor | int) -> None:
+        """Call an `extern "C" cudaError_t name(pointers and int64_t ...)`; RuntimeError with what is wrong."""
+        function = getattr(self.native, name)
+        values = [address(value) if isinstance(value, Tensor) else value for value in args]
+        function.argtypes = [ctypes.c_int64] * len(values)
+        if error := self.call(function)(*values):
+            raise RuntimeError(self.native.emulator_error_string(error).decode())
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.functions, name)
+        return self.call(value) if callable(value) else value
+
+    def call(self, function: Any) -> Any:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+            for name, value in named.items():
+                if isinstance(value, Address) and value.tensor is not None:
+                    self.native.emulator_register_range(name.encode(), value, extent(value.tensor), True)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.native.emulator_clear_ranges()
+
+        return checked
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_C", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def extension(*sources: Path) -> Library:
+    """swinops._C as g++ builds it, of these sources: of all of csrc/ by default."""
+    path = build(*(sources or sorted(CSRC.glob("*.c[up]*"))))
+    return Library(path, load(path))
