@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("window_partition", "window_merge")
+OPS = ("window_partition", "window_merge", "relative_position_bias", "continuous_position_bias")
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/swinops.h's Dtype
 
 
 @functools.cache
@@ -42,6 +44,10 @@ def why_not(x: Tensor, op: str) -> str | None:
         return f"its kernels need compute capability 8.0 or higher, and {here}"
     if not any(runs_on(arch, capability) for arch in _C.archs.split(";")):
         return f"swinops._C was built for compute capability {_C.archs}, and {here}: install it again on this machine"
+    if op == "relative_position_bias" and x.dtype == torch.float64:
+        return "its relative position bias sums in float32, which loses float64's precision"
+    if op == "continuous_position_bias" and x.dtype not in DTYPES:
+        return f"its continuous position bias takes float32, float16 and bfloat16, not {x.dtype}"
     return None
 
 
@@ -122,3 +128,71 @@ def _launch(op: str, image: Tensor, windows: Tensor, shift: Sequence[int]) -> No
             element_size=image.element_size(),
             stream=stream,
         )
+
+
+def relative_position_bias(table: Tensor, window: Sequence[int]) -> Tensor:
+    """[prod(2M - 1), heads] -> [heads, N, N]"""
+    heads, tokens = table.shape[1], math.prod(window)
+    bias = table.new_empty(heads, tokens, tokens)
+    with launching("relative_position_bias", table=table) as stream:
+        extension()[0].relative_position_bias(
+            address(table), address(bias), heads, three(window), *table.stride(), table.element_size(), stream
+        )
+    return bias
+
+
+def relative_position_bias_backward(dbias: Tensor, window: Sequence[int]) -> Tensor:
+    """[heads, N, N] -> [prod(2M - 1), heads]"""
+    heads = dbias.shape[0]
+    dtable = dbias.new_empty(math.prod(2 * m - 1 for m in window), heads)
+    with launching("relative_position_bias_backward", dbias=dbias) as stream:
+        extension()[0].relative_position_bias_backward(
+            address(dbias), address(dtable), heads, three(window), dbias.stride(), DTYPES[dbias.dtype], stream
+        )
+    return dtable
+
+
+def three(window: Sequence[int]) -> Sequence[int]:
+    return window if len(window) == 3 else (1, *window)
+
+
+def continuous_position_bias(
+    w1: Tensor, b1: Tensor, w2: Tensor, window: Sequence[int], pretrained: Sequence[int], log_spaced: bool
+) -> tuple[Tensor, Tensor]:
+    """-> bias [heads, N, N], and the float32 table [rows, heads] that it is rounded from"""
+    heads, hidden = w2.shape
+    tokens, rows = math.prod(window), math.prod(2 * m - 1 for m in window)
+    bias, table = w2.new_empty(heads, tokens, tokens), w2.new_empty(rows, heads, dtype=torch.float32)
+    w1, b1, w2 = w1.contiguous(), b1.contiguous(), w2.contiguous()
+    with launching("continuous_position_bias", w1=w1, b1=b1, w2=w2) as stream:
+        extension()[0].continuous_position_bias(
+            *map(address, (w1, b1, w2, bias, table)),
+            *(heads, window, hidden, pretrained, log_spaced, DTYPES[w1.dtype], stream),
+        )
+    return bias, table
+
+
+def continuous_position_bias_backward(
+    dbias: Tensor,
+    table: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    window: Sequence[int],
+    pretrained: Sequence[int],
+    log_spaced: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, hidden = w2.shape
+    dbias = dbias if dbias.dtype in DTYPES else dbias.float()
+    table = table.float().contiguous()
+    w1, b1, w2 = w1.contiguous(), b1.contiguous(), w2.contiguous()
+    dw1, db1, dw2 = (x.new_empty(x.shape) for x in (w1, b1, w2))
+    _C = extension()[0]
+    workspace = table.new_empty(_C.continuous_position_bias_workspace(heads, window))
+    with launching("continuous_position_bias_backward", dbias=dbias, w1=w1, b1=b1, w2=w2) as stream:
+        _C.continuous_position_bias_backward(
+            *map(address, (dbias, table, w1, b1, w2, dw1, db1, dw2, workspace)),
+            *(heads, window, hidden, pretrained, log_spaced, DTYPES[w1.dtype]),
+            *(dbias.stride(), DTYPES[dbias.dtype], stream),
+        )
+    return dw1, db1, dw2
