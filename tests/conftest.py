@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -113,12 +115,17 @@ def device() -> torch.device:
 
 @pytest.fixture(params=["reference", "triton", "cuda"])
 def backend(request, device) -> str:
-    """Each backend that can run the op ``OP`` of the test's module (or the test's parameter ``op``) here."""
-    from swinops.backends import why_not
+    """Each backend that can run the op ``OP`` of the test's module (or the test's parameter ``op``) here.
+
+    Without a GPU, CUDA's kernels run in the emulator.
+    """
+    from swinops.backends import cuda, why_not
 
     params = getattr(request.node, "callspec", None)
-    op = params.params.get("op") if params else None
-    require(request.param, why_not(request.param, torch.empty(1, device=device), op or request.module.OP))
+    op = (params.params.get("op") if params else None) or request.module.OP
+    if request.param == "cuda" and device.type == "cpu" and op in cuda.OPS:
+        request.getfixturevalue("emulated_cuda")
+    require(request.param, why_not(request.param, torch.empty(1, device=device), op))
     return request.param
 
 
@@ -126,11 +133,21 @@ def require(backend: str, reason: str | None) -> None:
     """Skip where ``backend`` has a reason not to run; Triton has none wherever it can be installed."""
     if reason is None:
         return
-    if backend == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{NO_GPU} ({reason})")
     if backend == "triton" and importlib.util.find_spec("triton"):
         pytest.fail(f"the Triton backend cannot run here: {reason}")
     pytest.skip(f"backend {backend!r} cannot run here: {reason}")
+
+
+@pytest.fixture
+def emulated_cuda(request):
+    """The CUDA backend on CPU tensors, with an order of threads of the test's own."""
+    if shutil.which("g++") is None or importlib.util.find_spec("pybind11") is None:
+        pytest.skip(f"{NO_GPU}, and no g++ and pybind11 for the emulator")
+    from . import emulator
+
+    with emulator.cuda_backend() as library:
+        library.seed(int(os.environ.get("SWINOPS_EMULATOR_SEED", zlib.crc32(request.node.nodeid.encode()))))
+        yield library
 
 
 @pytest.fixture

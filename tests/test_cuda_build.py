@@ -3,11 +3,9 @@
 A host compiler builds the files that nvcc builds, over the emulator of tests/emulator, which runs their kernels.
 """
 
-import contextlib
 import itertools
 import mmap
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +16,6 @@ from swinops import reference
 from swinops.backends import cuda
 
 from . import emulator
-
-pytestmark = pytest.mark.xdist_group("cuda_build")
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +30,7 @@ def host_extension():
 @pytest.fixture(scope="module")
 def backend(host_extension):
     """The CUDA backend, with the host's build in place of nvcc's and no GPU to select."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "extension", lambda: (host_extension, None))
-        patch.setattr(cuda, "address", emulator.address)
-        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    with emulator.cuda_backend():
         yield cuda
 
 

@@ -1,19 +1,26 @@
 """Builds CUDA sources with g++ over the emulator, and runs their kernels on CPU tensors."""
 
+import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
+
+from swinops.backends import cuda
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -113,7 +120,6 @@ class Library:
         ]
         self.native.emulator_error_string.restype = ctypes.c_char_p
         self.functions = functions
-        self.seed(int(os.environ.get("SWINOPS_EMULATOR_SEED", "0")))
 
     def seed(self, seed: int) -> None:
         """Choose the order in which threads run, and when asynchronous copies read."""
@@ -153,7 +159,35 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+@functools.cache
 def extension(*sources: Path) -> Library:
     """swinops._C as g++ builds it, of these sources: of all of csrc/ by default."""
     path = build(*(sources or sorted(CSRC.glob("*.c[up]*"))))
     return Library(path, load(path))
+
+
+class OnGPU:
+    """A CPU tensor that says it lies on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+
+@contextlib.contextmanager
+def cuda_backend() -> Iterator[Library]:
+    """Within, swinops.backends.cuda runs its ops on CPU tensors. -> the extension"""
+    library = extension()
+    why_not = cuda.why_not
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "extension", lambda: (library, None))
+        patch.setattr(cuda, "address", address)
+        patch.setattr(cuda, "why_not", lambda x, *rest: why_not(OnGPU(x), *rest))
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
+        patch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
+        yield library
