@@ -39,15 +39,9 @@ KERNEL_FLAGS = (
 
 def build(*sources: Path) -> Path:
     """A shared library of CUDA files (.cu), C++ files (.cpp) and the emulator. Built once for each content."""
-    CACHE.mkdir(exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_object, (HERE / "emulator.cpp", *sources)))
-        library = CACHE / f"{digest(*(path.name for path in objects))}.so"
-        if not library.exists():
-            run("g++", "-shared", "-o", library, *objects)
-    return library
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_object, (HERE / "emulator.cpp", *sources)))
+    return once(CACHE / f"{digest(*(path.name for path in objects))}.so", "g++", "-shared", *objects)
 
 
 def compile_object(source: Path) -> Path:
@@ -63,10 +57,20 @@ def compile_object(source: Path) -> Path:
     headers = sorted(path for folder in (HERE, CSRC) for path in folder.glob("*.*h"))
     content = (path.read_bytes() for path in (source, *headers))
     target = CACHE / f"{source.stem}-{digest(*map(str, flags), *content)}.o"
-    if not target.exists():
-        partial = target.with_suffix(".partial")
-        run("g++", *flags, "-c", "-x", "c++", source, "-o", partial)
-        partial.rename(target)
+    return once(target, "g++", *flags, "-c", "-x", "c++", source)
+
+
+def once(target: Path, *command: str | Path) -> Path:
+    """Make ``target`` by ``command -o target``, unless it is there. Other processes wait for the one that makes it."""
+    target.parent.mkdir(exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
+            partial.rename(target)
     return target
 
 
@@ -76,12 +80,6 @@ def digest(*parts: str | bytes) -> str:
         sha.update(part.encode() if isinstance(part, str) else part)
         sha.update(b"\0")
     return sha.hexdigest()[:16]
-
-
-def run(*command: Any) -> None:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
 
 
 class Address(int):

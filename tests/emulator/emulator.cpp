@@ -2,7 +2,6 @@
 // system. Kernels call the functions that cuda_runtime.h declares; their loads and stores arrive by the callbacks that
 // the compiler's -fsanitize=thread inserts. A fault of the kernel ends the launch, with a report of who, where and
 // what.
-#include <cxxabi.h>
 #include <dlfcn.h>
 #include <link.h>
 #include <setjmp.h>
@@ -16,6 +15,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -747,14 +747,14 @@ void launch(const char* kernel, const void* function, dim3 grid, dim3 block, siz
   while (fibers.size() < threads) fibers.push_back(new_fiber());
   warps.assign((threads + kWarp - 1) / kWarp, {});
   random_state = seed;
-  // TODO random order of blocks
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        if (!run_block()) return abandon_block();
-      }
-    }
+  // Blocks come in an order of which a kernel can know nothing: from a random one, in random steps.
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, start = random_number() % blocks;
+  uint64_t step = 1 + random_number() % blocks;
+  while (std::gcd(step, blocks) != 1) ++step;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t b = (start + i * step) % blocks;
+    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / (uint64_t(grid.x) * grid.y));
+    if (!run_block()) return abandon_block();
   }
 }
 

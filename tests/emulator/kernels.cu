@@ -62,6 +62,22 @@ __global__ void PipelineKernel(const float* in, float* out, int rows) {
   reinterpret_cast<float4*>(out)[other] = sum;
 }
 
+// d [16, 8] += a [16, 16] b [16, 8] for one warp: a from shared memory as it lies there, b transposed on the way.
+template <class T>
+__global__ void MatmulKernel(const T* a, const T* b, float* d) {
+  SWINOPS_DYNAMIC_SHARED(T, tile);  // a, then b
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 16 * 16; i += kWarp) tile[i] = a[i];
+  for (int i = lane; i < 16 * 8; i += kWarp) tile[16 * 16 + i] = b[i];
+  __syncwarp();
+  uint32_t left[4], right[4];
+  ldmatrix(left, &tile[lane % 16 * 16 + lane / 16 * 8]);
+  ldmatrix_transposed(right, &tile[16 * 16 + lane % 16 * 8]);  // two matrices, twice
+  float sum[4] = {d[g * 8 + 2 * t], d[g * 8 + 2 * t + 1], d[(g + 8) * 8 + 2 * t], d[(g + 8) * 8 + 2 * t + 1]};
+  mma<T>(sum, left, right[0], right[1]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
 }  // namespace
 }  // namespace swinops
 
@@ -84,5 +100,20 @@ EXPORT cudaError_t sum(const float* in, float* out, int64_t blocks, int64_t n) {
 EXPORT cudaError_t pipeline(const float* in, float* out, int64_t rows, int64_t n) {
   using namespace swinops;
   SWINOPS_LAUNCH(PipelineKernel, 1, dim3(n / 4), 2 * n * sizeof(float), nullptr, in, out, int(rows));
+  return cudaGetLastError();
+}
+
+EXPORT cudaError_t matmul(const swinops::half* a, const swinops::half* b, float* d) {
+  using namespace swinops;
+  SWINOPS_LAUNCH(MatmulKernel<half>, 1, kWarp, (16 * 16 + 16 * 8) * sizeof(half), nullptr, a, b, d);
+  return cudaGetLastError();
+}
+
+EXPORT cudaError_t ask_for_shared(float* out, int64_t bytes, int64_t allowed) {
+  using namespace swinops;
+  if (allowed) {
+    if (allow_shared(SumKernel, size_t(bytes))) return cudaGetLastError();
+  }
+  SWINOPS_LAUNCH(SumKernel, 1, 32, size_t(bytes), nullptr, nullptr, out, 0);
   return cudaGetLastError();
 }
