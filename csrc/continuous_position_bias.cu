@@ -87,13 +87,16 @@ __global__ void __launch_bounds__(kTableThreads)
   const int lane = threadIdx.x % kWarp;
   const int first_row = (blockIdx.x * kTableThreads + threadIdx.x) / kWarp * kOffsets;
   const int first_head = blockIdx.y * kHeads;
-  if (first_row >= rows) return;  // the whole warp
+  if (first_row >= rows) return;                                // the whole warp
+  const float2 own = coordinates(first_row + lane % kOffsets);  // one a lane: logarithms cost more than shuffles
   float2 x[kOffsets];
 #pragma unroll
-  for (int r = 0; r < kOffsets; ++r) x[r] = coordinates(first_row + r);
+  for (int r = 0; r < kOffsets; ++r) {
+    x[r] = {__shfl_sync(kWholeWarp, own.x, r), __shfl_sync(kWholeWarp, own.y, r)};
+  }
 
   float sums[kWarp] = {};
-#pragma unroll 2
+#pragma unroll 4
   for (int k = lane; k < hidden; k += kWarp) {
     const Unit unit = load_unit(w1, b1, k);
     float weights[kHeads];

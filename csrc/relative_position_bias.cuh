@@ -13,6 +13,7 @@
 namespace swinops {
 
 constexpr int kBiasThreads = 256;
+constexpr int kBiasUnroll = 8;              // loads in flight per thread
 constexpr int kBiasQueries = 32;            // of a block: it reads the rows they share once
 constexpr int kBiasColumnBytes = 48 << 10;  // of a head's column in shared memory, which every GPU has without asking
 
@@ -93,20 +94,28 @@ __global__ void __launch_bounds__(kBiasThreads)
   const int dd = int(blockIdx.x) / grid_h - (s.window[0] - 1), dh = int(blockIdx.x) % grid_h - (s.window[1] - 1);
   const int count_d = s.window[0] - abs(dd), count_h = s.window[1] - abs(dh);  // lines that have a partner
 
+  dbias += blockIdx.y * head_stride;
   float2 sum = {0.0f, 0.0f};
   if (offset < W) {
     for (int n = threadIdx.y; n < count_d * count_h; n += blockDim.y) {
       const int line = (n / count_h + max(dd, 0)) * s.window[1] + n % count_h + max(dh, 0);
       const int partner = line - (dd * s.window[1] + dh);
-      const T* const pairs = dbias + blockIdx.y * head_stride + int64_t(line) * W * query_stride;
-#pragma unroll 8
-      for (int w = 0; w < W; ++w) {
-        const int key = w < offset ? w - offset + W : w - offset;
-        const float x = to_float(pairs[w * query_stride + (int64_t(partner) * W + key) * key_stride]);
-        if (w < offset) {
-          sum.y += x;
-        } else {
-          sum.x += x;
+      // query w with key w - offset + W, which at w = offset is behind the line: with key w - offset from there on
+      const T* pair = dbias + int64_t(line) * W * query_stride + (int64_t(partner + 1) * W - offset) * key_stride;
+      for (int w = 0; w < W; w += kBiasUnroll) {
+        float x[kBiasUnroll];
+#pragma unroll
+        for (int u = 0; u < kBiasUnroll; ++u, pair += query_stride + key_stride) {
+          if (w + u == offset) pair -= W * key_stride;
+          x[u] = w + u < W ? to_float(*pair) : 0.0f;
+        }
+#pragma unroll
+        for (int u = 0; u < kBiasUnroll; ++u) {
+          if (w + u < offset) {
+            sum.y += x[u];
+          } else {
+            sum.x += x[u];
+          }
         }
       }
     }
