@@ -1,4 +1,4 @@
-# make test, make bench, make train and make lint set up .venv by themselves.
+# make test, make bench, make train, make gpu-check and make lint set up .venv by themselves.
 #
 #   PYTHON=python3.12   the Python that .venv is made of
 #   VENV=/path/to/env   use an environment that has PyTorch already: only swinops goes into it, and nothing is downloaded
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 INSTALLED := $(VENV)/.swinops-installed
 
-.PHONY: test bench train lint
+.PHONY: test bench train gpu-check lint
 .DELETE_ON_ERROR:
 
 test: $(INSTALLED)
@@ -21,6 +21,9 @@ bench: $(INSTALLED)
 
 train: $(INSTALLED)
 	$(BIN)/python examples/train.py $(ARGS)
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m swinops gpu-check $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check

@@ -19,7 +19,7 @@ from torch import nn
 import swinops
 from swinops import backends, reference, verify
 from swinops.backends import choice, cuda
-from swinops.benchmarks import command
+from swinops.benchmarks import command, gpu_check
 from swinops.text import aligned
 
 WINDOWS, HEAD_DIM = (7, 8, 12, 16), 32  # of published models
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     summary = "a photograph before and after patch, then timings"
     command.add_arguments(add_command(commands, "bench", summary, command.EXAMPLES))
+
+    summary = "everything that only a GPU can say of the kernels, in ten minutes"
+    gpu_check.add_arguments(add_command(commands, "gpu-check", summary, gpu_check.EXAMPLES))
 
     arguments = parser.parse_args(argv)
     if "run" not in arguments:

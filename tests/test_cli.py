@@ -15,7 +15,7 @@ import torch
 from swinops.cli import main
 
 SWIN = "swin_tiny_patch4_window7_224"
-COMMANDS = ["", "info", "explain", "verify", "bench", "bench ops", "bench models"]
+COMMANDS = ["", "info", "explain", "verify", "bench", "bench ops", "bench models", "gpu-check"]
 BENCH = all(importlib.util.find_spec(name) for name in ("matplotlib", "PIL", "timm", "tqdm"))
 
 needs_bench = pytest.mark.skipif(not BENCH, reason="swinops[bench] is not installed")
@@ -54,12 +54,14 @@ def test_examples_are_right(command, capsys, monkeypatch):
     """They get as far as what they ask for."""
     from swinops import cli, verify
     from swinops.benchmarks import command as bench
+    from swinops.benchmarks import gpu_check
 
     reached = []
     monkeypatch.setattr(cli, "info", lambda arguments: reached.append(1) or 0)
     monkeypatch.setattr(cli, "explain", lambda *arguments: reached.append(1) or 0)
     monkeypatch.setattr(verify, "run", lambda *arguments: reached.append(1) or 0)
     monkeypatch.setattr(bench, "run", lambda *arguments: reached.append(1) or 0)
+    monkeypatch.setattr(gpu_check, "run", lambda *arguments: reached.append(1) or 0)
     lines = example_lines(command, capsys)
     for line in lines:
         assert main(line) == 0
