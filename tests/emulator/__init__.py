@@ -26,12 +26,12 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CACHE = Path(tempfile.gettempdir()) / f"swinops-emulator-{os.getuid()}"
 
-FLAGS = ("-O2", "-g1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE")
+FLAGS = ("-O1", "-g1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE")
 # products and sums are rounded one by one, as they are written: nvcc fuses them where it likes
 FLAGS += ("-ffp-contract=off", '-DSWINOPS_ARCHS="80"')
 # the emulator answers the calls that these insert, at every load, store and possible undefined behaviour of a kernel
 KERNEL_FLAGS = (
-    "-fsanitize=thread,alignment,null,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=thread,alignment,bounds,signed-integer-overflow,integer-divide-by-zero",
     "--param=tsan-instrument-func-entry-exit=0",
     "-ftrivial-auto-var-init=pattern",
 )
@@ -62,7 +62,7 @@ def compile_object(source: Path) -> Path:
 
 def once(target: Path, *command: str | Path) -> Path:
     """Make ``target`` by ``command -o target``, unless it is there. Other processes wait for the one that makes it."""
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(mode=0o700, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
@@ -110,12 +110,7 @@ class Library:
         self.path = path
         self.native = ctypes.CDLL(str(path))
         self.native.emulator_set_seed.argtypes = [ctypes.c_uint64]
-        self.native.emulator_register_range.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_size_t,
-            ctypes.c_size_t,
-            ctypes.c_bool,
-        ]
+        self.native.emulator_register_range.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
         self.native.emulator_error_string.restype = ctypes.c_char_p
         self.functions = functions
 
@@ -137,16 +132,21 @@ class Library:
 
     def call(self, function: Any) -> Any:
         def checked(*args: Any, **kwargs: Any) -> Any:
-            named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
-            for name, value in named.items():
-                if isinstance(value, Address) and value.tensor is not None:
-                    self.native.emulator_register_range(name.encode(), value, extent(value.tensor), True)
+            for name, value in [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]:
+                self.register(name, value)
             try:
                 return function(*args, **kwargs)
             finally:
                 self.native.emulator_clear_ranges()
 
         return checked
+
+    def register(self, name: str, value: Any) -> None:
+        if isinstance(value, Address) and value.tensor is not None:
+            self.native.emulator_register_range(name.encode(), value, extent(value.tensor))
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                self.register(f"{name}[{i}]", item)
 
 
 def load(path: Path) -> ModuleType:

@@ -83,7 +83,6 @@ struct Warp {
 struct Range {
   std::string name;
   Address begin, end;
-  bool writable;
 };
 
 // The launch that runs.
@@ -609,7 +608,6 @@ std::string place(Address p, size_t bytes) {
   }
   if (!nearest) return format("%#zx, and no tensor is known", p);
   const size_t size = nearest->end - nearest->begin;
-  if (!distance) return nearest->name + ", which is only read";
   return format("%#zx, %zu bytes %s %s of %zu bytes", p, distance, p < nearest->begin ? "before" : "past the end of",
                 nearest->name.c_str(), size);
 }
@@ -618,7 +616,7 @@ void check_access(const Fiber& fiber, Address p, size_t bytes, bool write, const
   if (p >= Address(fiber.stack) && p + bytes <= Address(fiber.stack) + kStack) return;
   if (is_shared(p, bytes)) return record_shared(fiber, p, bytes, write, what, site);
   for (const Range& range : ranges) {
-    if (p >= range.begin && p + bytes <= range.end && (range.writable || !write)) return;
+    if (p >= range.begin && p + bytes <= range.end) return;
   }
   const bool in_arena = p < Address(shared_arena + sizeof shared_arena) && p + bytes > Address(shared_arena);
   if (!write && !in_arena) {
@@ -776,8 +774,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 EXPORT void emulator_set_seed(uint64_t seed) { emulator::seed = seed; }
 
-EXPORT void emulator_register_range(const char* name, uintptr_t begin, size_t bytes, bool writable) {
-  emulator::ranges.push_back({name, begin, begin + bytes, writable});
+EXPORT void emulator_register_range(const char* name, uintptr_t begin, size_t bytes) {
+  emulator::ranges.push_back({name, begin, begin + bytes});
 }
 
 EXPORT const char* emulator_error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }
@@ -820,9 +818,8 @@ struct Place {
 
 #define UNDEFINED(name, what) \
   extern "C" void __ubsan_handle_##name(const emulator::Place* place) { emulator::undefined(*place, what); }
-UNDEFINED(type_mismatch_v1, "access by a null or misaligned pointer")
+UNDEFINED(type_mismatch_v1, "access by a misaligned pointer")
 UNDEFINED(out_of_bounds, "index out of bounds")
-UNDEFINED(shift_out_of_bounds, "shift by too much")
 UNDEFINED(add_overflow, "signed overflow of +")
 UNDEFINED(sub_overflow, "signed overflow of -")
 UNDEFINED(mul_overflow, "signed overflow of *")
