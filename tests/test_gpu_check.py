@@ -15,7 +15,7 @@ import torch
 
 from swinops import verify
 from swinops.backends import cuda
-from swinops.benchmarks import gpu_check, gpu_checks
+from swinops.benchmarks import gpu_check, gpu_checks, harness
 from swinops.benchmarks.gpu_check import Outcome, Skipped, Step
 from swinops.cli import main
 
@@ -87,6 +87,20 @@ def python(code):
 
 def said(output, status):
     return Outcome("failed" if status else "ok", output.strip())
+
+
+def test_what_it_ran_on(monkeypatch):
+    machine = {"device": "an H100", "torch": "2.11.0", "triton": "", "commit": "abc-dirty"}
+    monkeypatch.setattr(harness, "machine", lambda device: machine)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "extension", lambda: (None, "it was not built"))
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    facts = gpu_check.environment()
+    assert facts["GPU"] == "2 x an H100, compute capability 9.0"
+    assert facts["driver"] == f"unknown, CUDA {torch.version.cuda}" and facts["extension"] == "it was not built"
+    assert facts["versions"].startswith("torch 2.11.0, triton none, Python 3.")
+    assert facts["commit"].startswith("abc-dirty (swinops ")
 
 
 @pytest.fixture
