@@ -39,7 +39,7 @@ GRACE = 10  # seconds in which a step that was stopped says how far it came
 
 
 class Step(NamedTuple):
-    seconds: int  # of ten minutes
+    seconds: int  # of ten minutes; what it leaves is for those after it
     command: Callable[[], list[str]]  # raises Skipped
     read: Callable[[str, int], Outcome]  # of the output and the exit status; of a step that was stopped too
     environment: Mapping[str, str] = {}
@@ -187,8 +187,9 @@ class Row(NamedTuple):
         return self.step, self.result, f"{self.seconds:.0f}", self.covered
 
 
-def execute(name: str, step: Step, factor: float) -> Row:
-    start, most = time.perf_counter(), step.seconds * factor
+def execute(name: str, step: Step, most: float) -> Row:
+    """Run a step for ``most`` seconds at most."""
+    start = time.monotonic()
     try:
         command = step.command()
     except Skipped as reason:
@@ -197,7 +198,7 @@ def execute(name: str, step: Step, factor: float) -> Row:
     outcome = step.read(output, -1 if status is None else status)
     if status is None:
         outcome = Outcome("failed", f"stopped after {most:.0f} s, see --minutes: {outcome.covered}")
-    return Row(name, outcome.result, time.perf_counter() - start, outcome.covered, output)
+    return Row(name, outcome.result, time.monotonic() - start, outcome.covered, output)
 
 
 def finish(command: Sequence[str], seconds: float, environment: Mapping[str, str] = {}) -> tuple[str, int | None]:
@@ -248,10 +249,14 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error(f"--output {arguments.output} cannot be written: {error}")
     facts = environment()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
-    rows = []
-    for name in arguments.only or STEPS:
-        print(f"{name}, at most {STEPS[name].seconds * arguments.minutes / 10:.0f} s ...", flush=True)
-        rows.append(execute(name, STEPS[name], arguments.minutes / 10))
+    rows, names = [], arguments.only or list(STEPS)
+    unit = 60 * arguments.minutes / sum(STEPS[name].seconds for name in names)
+    end = time.monotonic()
+    for name in names:
+        end += unit * STEPS[name].seconds
+        most = max(0.0, end - time.monotonic())
+        print(f"{name}, at most {most:.0f} s ...", flush=True)
+        rows.append(execute(name, STEPS[name], most))
         print(f"    {rows[-1].result}: {rows[-1].covered}", flush=True)
     print("\n" + "\n".join(aligned([("step", "result", "seconds", "covered"), *(row.cells() for row in rows)])))
     with harness.whole(arguments.output) as temporary:
