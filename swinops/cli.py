@@ -116,7 +116,7 @@ def choice_table(choices: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]
                 each["dtype"],
                 f"{each['basis']}, {each['unit']}",
             )
-            cell = f"{each['backend']} {first:.3g} < {second:.3g}"
+            cell = f"{each['backend']} {first:.3g} <= {second:.3g}"
         else:  # whatever the direction, the architecture and the dtype
             line, cell = (each["op"], "", "", "", each["basis"]), each["backend"]
         lines.setdefault(line, {})[each["window"]] = cell
