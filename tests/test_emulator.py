@@ -5,11 +5,15 @@ A fault is a change to a kernel's source, such as a barrier deleted. It has to b
 
 import itertools
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+
+from swinops import reference
+from swinops.backends import cuda
 
 from . import emulator
 
@@ -280,25 +284,94 @@ FAULTS = {
 }
 
 
-def broken(source, fault, folder):
-    text = source.read_text()
-    assert text.count(fault.old) == 1, f"{fault.old!r} is in {source.name} {text.count(fault.old)} times"
-    path = folder / source.name
+def apply(fault, path):
+    text = path.read_text()
+    assert text.count(fault.old) == 1, f"{fault.old!r} is in {path.name} {text.count(fault.old)} times"
     path.write_text(text.replace(fault.old, fault.new))
-    return path
+
+
+def assert_found(fault, check, library):
+    for seed in SEEDS:
+        library.seed(seed)
+        if fault.found is WRONG:
+            assert not check(library)
+        else:
+            with pytest.raises(RuntimeError, match=fault.found):
+                check(library)
 
 
 @pytest.mark.parametrize("check, fault", [(check, fault) for check, faults in FAULTS.items() for fault in faults])
 def test_faults_are_found(tmp_path, check, fault):
-    library = emulator.Library(emulator.build(broken(KERNELS, fault, tmp_path)))
-    for seed in SEEDS:
-        library.seed(seed)
-        found(fault, lambda: check(library))
+    source = Path(shutil.copy(KERNELS, tmp_path))
+    apply(fault, source)
+    assert_found(fault, check, emulator.Library(emulator.build(source)))
 
 
-def found(fault, check):
-    if fault.found is WRONG:
-        assert not check()
-    else:
-        with pytest.raises(RuntimeError, match=fault.found):
-            check()
+# The package's kernels, broken.
+
+
+def partition(library, start=0):
+    image = torch.arange(2 * 14 * 21 * 14).view(2, 14, 21, 14).short()[..., start : start + 6]
+    with emulator.cuda_backend(library):
+        windows = cuda.window_partition(image, (7, 7), (3, 2))
+    return torch.equal(windows, reference.window_partition(image, (7, 7), (3, 2)))
+
+
+def partition_of_unaligned(library):
+    return partition(library, start=1)
+
+
+def expand(library):
+    table = torch.randn(13 * 13, 2)
+    with emulator.cuda_backend(library):
+        bias = cuda.relative_position_bias(table, (7, 7))
+    return torch.equal(bias, reference.relative_position_bias(table, (7, 7)))
+
+
+def sum_bias(library):
+    dbias = integers(2, 49, 49)
+    with emulator.cuda_backend(library):
+        dtable = cuda.relative_position_bias_backward(dbias, (7, 7))
+    return torch.equal(dtable, reference.relative_position_bias_backward(dbias, (7, 7)))
+
+
+# Which .cu is built again, the check that fails, the file that is changed, and how.
+FAULTS_OF_CSRC = [
+    ("cyclic_shift.cu", check, "cyclic_shift.cu", fault)
+    for check, fault in (
+        (partition, Fault("  if (line >= s.size[0] * s.size[1]) return;\n", "", "past the end of")),
+        (partition, Fault("if (i + u * blockDim.x < n) dst", "dst", "past the end of|write of")),
+        (partition, Fault("p + shift : p - (size - shift)", "p + shift : p - (size - shift) + 1", WRONG)),
+        (partition_of_unaligned, Fault("reinterpret_cast<uintptr_t>(src) | ", "", "misaligned pointer")),
+    )
+] + [
+    ("relative_position_bias.cu", check, "relative_position_bias.cuh", fault)
+    for check, fault in (
+        (expand, Fault("    __syncthreads();\n  }\n", "  }\n", "race: ")),
+        (expand, Fault("row <= high; row +=", "row < high; row +=", WRONG)),
+        (expand, Fault("bias += head * N * N", "bias += (head + 1) * N * N", "past the end")),
+        (sum_bias, Fault("  __syncthreads();\n\n  if (threadIdx.y > 0", "  if (threadIdx.y > 0", "race: ")),
+        (
+            sum_bias,
+            Fault("  __syncthreads();\n\n  if", "  if (threadIdx.y) return;\n  __syncthreads();\n\n  if", "deadlock: "),
+        ),
+        (sum_bias, Fault("if (offset > 0) store", "store", "bytes before argument 1")),
+    )
+]
+
+
+@pytest.mark.parametrize("source, check, file, fault", FAULTS_OF_CSRC)
+def test_faults_of_the_package_are_found(tmp_path, source, check, file, fault):
+    folder = Path(shutil.copytree(emulator.CSRC, tmp_path / "csrc"))
+    apply(fault, folder / file)
+    sources = [folder / source, *(path for path in emulator.sources() if path.name != source)]
+    path = emulator.build(*sources)
+    assert_found(fault, check, emulator.Library(path, emulator.load(path)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("check", dict.fromkeys(check for _, check, _, _ in FAULTS_OF_CSRC))
+def test_the_package_is_right(check, seed):
+    library = emulator.extension()
+    library.seed(seed)
+    assert check(library)

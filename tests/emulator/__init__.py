@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sysconfig
 import tempfile
@@ -26,9 +27,9 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CACHE = Path(tempfile.gettempdir()) / f"swinops-emulator-{os.getuid()}"
 
-FLAGS = ("-O1", "-g1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE")
+FLAGS = ("-O1", "-g1", "-gdwarf-4", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 # products and sums are rounded one by one, as they are written: nvcc fuses them where it likes
-FLAGS += ("-ffp-contract=off", '-DSWINOPS_ARCHS="80"')
+FLAGS += ("-ffp-contract=off", "-U_FORTIFY_SOURCE", '-DSWINOPS_ARCHS="80"')
 # the emulator answers the calls that these insert, at every load, store and possible undefined behaviour of a kernel
 KERNEL_FLAGS = (
     "-fsanitize=thread,alignment,bounds,signed-integer-overflow,integer-divide-by-zero",
@@ -54,10 +55,22 @@ def compile_object(source: Path) -> Path:
         import pybind11
 
         flags += ["-O0", "-g0", "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
-    headers = sorted(path for folder in (HERE, CSRC) for path in folder.glob("*.*h"))
-    content = (path.read_bytes() for path in (source, *headers))
+    content = (path.read_bytes() for path in included(source))
     target = CACHE / f"{source.stem}-{digest(*map(str, flags), *content)}.o"
     return once(target, "g++", *flags, "-c", "-x", "c++", source)
+
+
+def included(source: Path) -> list[Path]:
+    """A source and the files that it includes by quotes, those they include too."""
+    found, waiting = [], [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.append(path)
+            for name in re.findall(r'#include "(.+)"', path.read_text()):
+                waiting += [next(folder / name for folder in (path.parent, HERE, CSRC) if (folder / name).exists())]
+            waiting += [HERE / "cuda_runtime.h"]
+    return sorted(found, key=lambda path: path.name)
 
 
 def once(target: Path, *command: str | Path) -> Path:
@@ -150,7 +163,8 @@ class Library:
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_C", path)
+    # pybind11 takes a module that has the name of an earlier one for the earlier one
+    spec = importlib.util.spec_from_file_location(f"{path.stem}._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -158,10 +172,15 @@ def load(path: Path) -> ModuleType:
 
 
 @functools.cache
-def extension(*sources: Path) -> Library:
-    """swinops._C as g++ builds it, of these sources: of all of csrc/ by default."""
-    path = build(*(sources or sorted(CSRC.glob("*.c[up]*"))))
+def extension() -> Library:
+    """swinops._C as g++ builds it from csrc/."""
+    path = build(*sources())
     return Library(path, load(path))
+
+
+def sources() -> list[Path]:
+    """What setup.py builds swinops._C of."""
+    return sorted(path for path in CSRC.iterdir() if path.suffix in (".cu", ".cpp"))
 
 
 class OnGPU:
@@ -177,9 +196,9 @@ class OnGPU:
 
 
 @contextlib.contextmanager
-def cuda_backend() -> Iterator[Library]:
-    """Within, swinops.backends.cuda runs its ops on CPU tensors. -> the extension"""
-    library = extension()
+def cuda_backend(library: Library | None = None) -> Iterator[Library]:
+    """Within, swinops.backends.cuda runs its ops on CPU tensors, by an extension of its own or the one of csrc/."""
+    library = library or extension()
     why_not = cuda.why_not
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "extension", lambda: (library, None))
