@@ -110,8 +110,6 @@ def address(tensor: Tensor | None) -> Address:
 
 def extent(tensor: Tensor) -> int:
     """Bytes from the first element of a tensor to the end of its last."""
-    if tensor.numel() == 0:
-        return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
@@ -155,7 +153,7 @@ class Library:
         return checked
 
     def register(self, name: str, value: Any) -> None:
-        if isinstance(value, Address) and value.tensor is not None:
+        if isinstance(value, Address) and value.tensor is not None and value.tensor.numel():
             self.native.emulator_register_range(name.encode(), value, extent(value.tensor))
         elif isinstance(value, (list, tuple)):
             for i, item in enumerate(value):

@@ -83,6 +83,9 @@ struct Warp {
 struct Range {
   std::string name;
   Address begin, end;
+  uint32_t* writers;  // of each byte in this launch: 1 + the block's number, or 0
+
+  size_t writers_bytes() const { return (end - begin) * sizeof(*writers); }
 };
 
 // The launch that runs.
@@ -94,6 +97,7 @@ size_t shared_bytes;
 unsigned threads;
 
 // The block that runs.
+uint32_t block_number;
 std::vector<std::unique_ptr<Fiber>> fibers;  // those of past launches too
 std::vector<Warp> warps;
 Fiber* running = nullptr;
@@ -122,6 +126,17 @@ uint32_t random_number() {  // splitmix64
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
   x = (x ^ x >> 27) * 0x94d049bb133111eb;
   return uint32_t((x ^ x >> 31) >> 32);
+}
+
+dim3 block_index(uint64_t number) {
+  return dim3(number % gridDim.x, number / gridDim.x % gridDim.y, number / (uint64_t(gridDim.x) * gridDim.y));
+}
+
+// Memory of zeros, none of which exists before it is written.
+void* reserve(size_t bytes) {
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) abort();
+  return memory;
 }
 
 // Reports.
@@ -256,9 +271,8 @@ __attribute__((noinline)) bool resume(Fiber& fiber) {
 std::unique_ptr<Fiber> new_fiber() {
   auto fiber = std::make_unique<Fiber>();
   const size_t page = 4096;  // below the stack, so that an overflow does not go unnoticed
-  void* memory =
-      mmap(nullptr, page + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) abort();
+  void* const memory = reserve(page + kStack);
+  if (mprotect(memory, page, PROT_NONE)) abort();
   fiber->stack = static_cast<char*>(memory) + page;
   return fiber;
 }
@@ -612,11 +626,27 @@ std::string place(Address p, size_t bytes) {
                 nearest->name.c_str(), size);
 }
 
+// Blocks come in no order: what one has written none of the others may read or write.
+void record_global(const Fiber& fiber, const Range& range, Address p, size_t bytes, bool write, const char* what,
+                   Site site) {
+  uint32_t* const writers = range.writers + (p - range.begin);
+  for (size_t i = 0; i < bytes; ++i) {
+    if (writers[i] && writers[i] != block_number + 1) {
+      const dim3 other = block_index(writers[i] - 1);
+      fail_here(fiber,
+                format("race: %s of byte %zu of %s, which block (%u, %u, %u) wrote in this launch", what,
+                       p + i - range.begin, range.name.c_str(), other.x, other.y, other.z),
+                site);
+    }
+    if (write) writers[i] = block_number + 1;
+  }
+}
+
 void check_access(const Fiber& fiber, Address p, size_t bytes, bool write, const char* what, Site site) {
   if (p >= Address(fiber.stack) && p + bytes <= Address(fiber.stack) + kStack) return;
   if (is_shared(p, bytes)) return record_shared(fiber, p, bytes, write, what, site);
   for (const Range& range : ranges) {
-    if (p >= range.begin && p + bytes <= range.end) return;
+    if (p >= range.begin && p + bytes <= range.end) return record_global(fiber, range, p, bytes, write, what, site);
   }
   const bool in_arena = p < Address(shared_arena + sizeof shared_arena) && p + bytes > Address(shared_arena);
   if (!write && !in_arena) {
@@ -745,13 +775,14 @@ void launch(const char* kernel, const void* function, dim3 grid, dim3 block, siz
   while (fibers.size() < threads) fibers.push_back(new_fiber());
   warps.assign((threads + kWarp - 1) / kWarp, {});
   random_state = seed;
+  for (const Range& range : ranges) madvise(range.writers, range.writers_bytes(), MADV_DONTNEED);  // zeros again
   // Blocks come in an order of which a kernel can know nothing: from a random one, in random steps.
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, start = random_number() % blocks;
   uint64_t step = 1 + random_number() % blocks;
   while (std::gcd(step, blocks) != 1) ++step;
   for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t b = (start + i * step) % blocks;
-    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / (uint64_t(grid.x) * grid.y));
+    block_number = uint32_t((start + i * step) % blocks);
+    blockIdx = block_index(block_number);
     if (!run_block()) return abandon_block();
   }
 }
@@ -775,12 +806,17 @@ const char* cudaGetErrorString(cudaError_t error) {
 EXPORT void emulator_set_seed(uint64_t seed) { emulator::seed = seed; }
 
 EXPORT void emulator_register_range(const char* name, uintptr_t begin, size_t bytes) {
-  emulator::ranges.push_back({name, begin, begin + bytes});
+  emulator::Range range{name, begin, begin + bytes, nullptr};
+  range.writers = static_cast<uint32_t*>(emulator::reserve(range.writers_bytes()));
+  emulator::ranges.push_back(range);
 }
 
 EXPORT const char* emulator_error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
-EXPORT void emulator_clear_ranges() { emulator::ranges.clear(); }
+EXPORT void emulator_clear_ranges() {
+  for (const emulator::Range& range : emulator::ranges) munmap(range.writers, range.writers_bytes());
+  emulator::ranges.clear();
+}
 
 // What -fsanitize=thread calls. A 16-byte access may be of two aligned eights: -fsanitize=alignment knows the types.
 
