@@ -12,20 +12,20 @@ import itertools
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from swinops.backends import choice, cuda
 from swinops.backends.choice import KERNELS, Row
-from swinops.benchmarks import harness, static
+from swinops.benchmarks import harness, nvcc, static
+from swinops.text import first_line
 
 WINDOWS = (7, 8, 12, 16)
 HEAD_DIM = 32
 DTYPES = ("bfloat16", "float16", "float32")
-# how a backend's kernels are compiled and read; one that is not here has no static rows
-READERS: dict[str, Callable[[static.Case], list[static.Row]]] = {"triton": static.Case.measure}
 
 
 def cases() -> Iterator[static.Case]:
@@ -37,19 +37,29 @@ def cases() -> Iterator[static.Case]:
                 yield static.Case(arch, op, window, window // 2, HEAD_DIM, dtype)
 
 
-def time_of(rows: Iterable[static.Row]) -> float:
+def time_of(case: static.Case) -> float:
     """Nanoseconds for one item: what the kernels take one after the other, each as long as issue or memory takes."""
-    return sum(max([row.memory_ns, *(row.issue_ns or ())]) for row in rows)
+    total = 0.0
+    for row in case.measure():
+        known = [x for x in (row.memory_ns, *(row.issue_ns or ())) if x is not None]
+        if not known:
+            raise ValueError(f"neither the issue nor the memory time of {row.kernel} is known")
+        total += max(known)
+    return total
 
 
-def estimate(case: static.Case) -> Row:
-    times = {name: round(time_of(READERS[name](case)), 3) for name in KERNELS}
+def estimate(case: static.Case) -> Row | str:
+    """The row of a case; or, for one that cannot be estimated, a sentence."""
+    try:
+        times = {name: round(time_of(replace(case, backend=name)), 3) for name in KERNELS}
+    except Exception as error:
+        return f"no row for {case}: {first_line(error)}"
     attention, bias = case.op in static.ATTENTION, case.op in static.BIAS
     return Row(
         op=case.op.removesuffix("_backward"),
         direction="backward" if case.op.endswith("_backward") else "forward",
         arch=case.arch,
-        dtype=case.dtype if not bias else "float32",
+        dtype=case.dtype,
         tokens=case.window**2,
         channels=case.head_dim if attention else case.heads if bias else case.heads * case.head_dim,
         **times,
@@ -124,12 +134,14 @@ def main(argv: Sequence[str] | None = None, path: Path = choice.PATH) -> int:
     if arguments.measured:
         source, new = "measured", list(measured(arguments.measured, arguments.arch))
     else:
-        unread = [name for name in KERNELS if name not in READERS]
-        if unread:
-            parser.error(f"static.py does not read the kernels of {', '.join(unread)} yet")
+        reason = nvcc.why_not()
+        if reason is not None:
+            parser.error(reason)
         # spawned: torch's threads do not survive a fork
         with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-            source, new = "static", list(pool.map(estimate, cases()))
+            found = list(pool.map(estimate, cases()))
+        print("".join(f"{each}\n" for each in found if isinstance(each, str)), end="", file=sys.stderr)
+        source, new = "static", [each for each in found if isinstance(each, Row)]
     rows = merge(old, new, source)
     write(rows, path)
     print(f"{path}: {len(new)} {source} rows written, {len(rows)} in all")

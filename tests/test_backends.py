@@ -383,11 +383,12 @@ def test_a_static_row_of_every_case(monkeypatch):
     pytest.importorskip("triton")
     from swinops.benchmarks import choice as writer
 
-    def reader(issue):
-        kernels = (issue, 2.0), (None, 0.5)
-        return lambda case: [SimpleNamespace(issue_ns=i and (i, i / 2), memory_ns=m) for i, m in kernels]
+    def measure(case):
+        issue = {"cuda": 1.0, "triton": 3.0}[case.backend]
+        kernels = ((issue, issue / 2), 2.0), (None, 0.5)
+        return [SimpleNamespace(kernel="a kernel", issue_ns=times, memory_ns=memory) for times, memory in kernels]
 
-    monkeypatch.setattr(writer, "READERS", {"cuda": reader(1.0), "triton": reader(3.0)})
+    monkeypatch.setattr(writer.static.Case, "measure", measure)
     monkeypatch.setattr(cuda, "OPS", ("window_attention", "relative_position_bias", "window_merge"))
     made = [writer.estimate(case) for case in writer.cases()]
     assert {(each.cuda, each.triton) for each in made} == {(2.5, 3.5)}
@@ -399,3 +400,8 @@ def test_a_static_row_of_every_case(monkeypatch):
         *(("relative_position_bias", way, "float32", 3, "ns a head") for way in ways),
         *(("window_merge", "forward", dtype, 96, "ns a window") for dtype in dtypes),
     }
+    kernels = [SimpleNamespace(kernel="a kernel", issue_ns=None, memory_ns=None)]
+    monkeypatch.setattr(writer.static.Case, "measure", lambda case: kernels)
+    sentence = writer.estimate(next(iter(writer.cases())))
+    assert sentence.startswith("no row for sm_80 ")
+    assert sentence.endswith("ValueError: neither the issue nor the memory time of a kernel is known")
