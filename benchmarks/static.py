@@ -1,8 +1,8 @@
-"""What the compiler made of the Triton kernels, and the bars it must pass. Needs no GPU.
+"""What the compilers made of the Triton and the CUDA kernels, and the bars it must pass. Needs no GPU.
 
 The package's own launchers are called on CPU tensors whose memory is never touched, with a stand-in for Triton's
-driver: each kernel they would launch is specialised (divisibility, strides of 1) and compiled as on the GPU it names,
-then disassembled.
+driver or the CUDA runtime: each kernel they would launch is specialised (divisibility, strides of 1) and compiled as on
+the GPU it names, then disassembled.
 
 Issue time and memory time are lower bounds on time, not timings: the instructions that the warps must issue, over what
 the device issues at its nominal clock, and the bytes that must move, over the bandwidth of a copy.
@@ -19,13 +19,12 @@ import multiprocessing
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from swinops import backends
+from swinops.backends import cuda
+from swinops.benchmarks import nvcc
+from swinops.benchmarks.nvcc import tool
 from swinops.text import aligned
 
 NOT_A_TIMING = "Issue time and memory time are lower bounds on time, not timings."
@@ -70,6 +73,10 @@ SHARED_RESERVED = 1024  # bytes more for the system
 STACK_LIMIT = 16  # bytes
 WIDE = 16  # bytes of a 128-bit access
 LATENCY = 800e-9  # seconds from a load to its value in a loaded device
+ENOUGH_WARPS = 16  # on a multiprocessor: what 128 registers a thread leave
+# part of the memory time that issue may take in the forward pass of small windows; otherwise all of it
+ISSUE_SHARE = {("cuda", 90): 0.5}
+BACKENDS = ("triton", "cuda")
 FORWARD = ("window_attention", "cosine_attention")
 ATTENTION = (*FORWARD, *(f"{op}_backward" for op in FORWARD))
 CONTINUOUS_BIAS = ("continuous_position_bias", "continuous_position_bias_backward")
@@ -119,22 +126,122 @@ class CompileOnly:
         return True
 
 
-@dataclass
+class Turns(NamedTuple):
+    """How often loops turn, by depth. ``persistent``: the outer one does ``items`` items in ``trips[0]`` turns."""
+
+    persistent: bool
+    trips: tuple[int, ...]
+    items: float = 1
+
+
 class Launch:
-    """A kernel that was compiled in place of being launched. ``arguments``: what it was given, by name."""
+    """A kernel that was compiled in place of being launched."""
+
+    name: str
+    cubin: bytes
+    grid: tuple[int, ...]
+    warps: int
+    shared: int  # bytes a block, beside what the machine code declares
+    stages = 1
+    tensor_memory = 0
+    filled = 1.0  # part of the lanes that load
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def turns(self) -> Turns | None:
+        """None where it is not known."""
+        raise NotImplementedError
+
+    def moved(self, items: int) -> int | None:
+        """Bytes that must move for one item; None where it is not known."""
+        raise NotImplementedError
+
+    def accesses(self) -> list["Access"]:
+        """Global accesses by tensor, where the compiler tells."""
+        return []
+
+
+@dataclass
+class CudaLaunch(Launch):
+    """``loops`` and ``item_bytes``: its turns and what it moves, in the call that it was launched in."""
+
+    name: str
+    cubin: bytes
+    grid: tuple[int, ...]
+    warps: int
+    shared: int
+    loops: Turns | None
+    item_bytes: int | None
+
+    @property
+    def turns(self) -> Turns | None:
+        return self.loops
+
+    def moved(self, items: int) -> int | None:
+        return self.item_bytes
+
+
+@dataclass
+class TritonLaunch(Launch):
+    """``arguments``: what it was given, by name."""
 
     name: str
     compiled: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        metadata = self.compiled.metadata
+        self.cubin = self.compiled.asm["cubin"]
+        self.warps, self.stages, self.shared = metadata.num_warps, metadata.num_stages, metadata.shared
+        self.tensor_memory = getattr(metadata, "tmem_size", 0) or 0
+        if self.name in NORM_KERNELS:  # the lanes past the last channel load nothing
+            self.filled = self.arguments["C"] / self.arguments["BLOCK_C"]
+
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return {n.removesuffix("_ptr"): x for n, x in self.arguments.items() if isinstance(x, torch.Tensor)}
 
+    def moved(self, items: int) -> int:
+        attention = {"q", "k"} & self.tensors.keys()
+        return sum(x.nbytes for n, x in self.tensors.items() if n not in ONCE or not attention) // items
+
+    def accesses(self) -> list["Access"]:
+        return accesses(self.compiled.asm["ptx"], self.pointers())
+
     @property
-    def programs(self) -> int:
-        return math.prod(self.grid)
+    def turns(self) -> Turns | None:
+        """Known for the package's kernels, but for one that has two loops side by side; None for others."""
+        tokens = math.prod(self.arguments.get("WINDOW", (1,)))
+
+        def tiles(block: str) -> int:
+            return math.ceil(tokens / self.arguments[block])
+
+        if self.name in ("_forward_kernel", "_backward_kernel"):
+            return Turns(True, (1,))
+        if self.name in ("_forward_tiled_kernel", "_dq_kernel"):
+            return Turns(True, (tiles("BLOCK_M"), tiles("BLOCK_N")))
+        if self.name == "_dkdv_kernel":
+            return Turns(True, (tiles("BLOCK_N"), tiles("BLOCK_M")))
+        if self.name == "_dbias_kernel":
+            return Turns(True, (tiles("BLOCK_M") * tiles("BLOCK_N"),))
+        if self.name in ("_shift_kernel", "_expand_kernel"):
+            return Turns(False, ())
+        if self.name == "_reduce_kernel":
+            return Turns(False, (tiles("BLOCK_I"),))
+        if self.name == "_weights_kernel":
+            rows = self.arguments["table_ptr"].shape[0]
+            blocks = (self.arguments["heads"], "BLOCK_H"), (rows, "BLOCK_R")
+            return Turns(False, tuple(math.ceil(n / self.arguments[block]) for n, block in blocks))
+        if self.name in NORM_KERNELS:
+            length = self.arguments["length"]
+            return Turns(True, (1,), length / math.ceil(length / self.arguments["BLOCK_M"]))
+        if self.name == "_sum_kernel":
+            return Turns(False, (math.ceil(self.arguments["programs"] / self.arguments["BLOCK_P"]),))
+        return None
 
     def pointers(self) -> list[str | None]:
         """Name of the tensor behind each parameter of the compiled kernel; None for numbers."""
@@ -150,10 +257,10 @@ class Launch:
 
 
 @contextlib.contextmanager
-def compiling(arch: int) -> Iterator[list[Launch]]:
+def compiling(arch: int) -> Iterator[list[TritonLaunch]]:
     """Within, kernels are compiled for ``arch`` and listed, not launched, with the configurations for that device."""
     tuning = importlib.import_module("swinops.kernels.tuning")
-    launches: list[Launch] = []
+    launches: list[TritonLaunch] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -163,7 +270,8 @@ def compiling(arch: int) -> Iterator[list[Launch]]:
         arguments = dict(zip(self.arg_names, args, strict=False)) | {
             n: x for n, x in kwargs.items() if n in self.arg_names
         }
-        launches.append(Launch(self.fn.__name__, compiled, grid(arguments) if callable(grid) else grid, arguments))
+        blocks = grid(arguments) if callable(grid) else grid
+        launches.append(TritonLaunch(self.fn.__name__, compiled, blocks, arguments))
         return compiled
 
     # window_attention.py has its own name for each of the two
@@ -183,6 +291,53 @@ def compiling(arch: int) -> Iterator[list[Launch]]:
             setattr(module, name, value)
         JITFunction.run = run
         driver._active = active
+
+
+class Moves(NamedTuple):
+    """What a CUDA kernel moves: tensors like q or an image, and float32 numbers of a token and head."""
+
+    loads: int
+    stores: int
+    floats: int
+
+
+MOVES = {
+    "WholeForwardKernel": Moves(3, 1, 1),
+    "TiledForwardKernel": Moves(3, 1, 1),
+    "WholeBackwardKernel": Moves(4, 3, 1),
+    "CyclicShiftKernel": Moves(1, 1, 0),
+}
+
+
+class Extension:
+    """swinops._C as it would be on a device of an architecture, which records launches in place of making them."""
+
+    def __init__(self, arch: int) -> None:
+        self.native = nvcc.extension().module
+        self.device = DEVICES[arch]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.native, name)
+
+    def AttentionShape(self, **sizes: Any) -> Any:
+        sizes |= {"multiprocessors": self.device.multiprocessors, "shared_bytes": self.device.block_shared}
+        return self.native.AttentionShape(**sizes)
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[None]:
+    """Within, the CUDA backend takes CPU tensors, and its launches can be recorded."""
+    before = cuda.extension, cuda.launching
+    extension = Extension(arch)
+    replaced: dict[str, Any] = {
+        "extension": lambda: (extension, None),
+        "launching": lambda op, **tensors: contextlib.nullcontext(0),
+    }
+    vars(cuda).update(replaced)
+    try:
+        yield
+    finally:
+        vars(cuda).update(zip(replaced, before, strict=True))
 
 
 TENSOR_CORE = re.compile(r"[HIDBQO]G?MMA$|UTC\w*MMA$")
@@ -217,6 +372,29 @@ class Instruction(NamedTuple):
     def hot(self) -> bool:
         """What tells a loop over windows or tiles from one that waits."""
         return self.tensor_core or self.name in GLOBAL_LOAD
+
+    @property
+    def work(self) -> Counter["Kind"]:
+        found: Counter[Kind] = Counter({"instruction": 1})
+        if self.tensor_core:
+            found["product"] = 1
+        for kind, names in (("load", GLOBAL_LOAD), ("store", GLOBAL_STORE)):
+            if self.name in names:
+                found[kind, self.width] = 1
+        return found
+
+
+Kind = str | tuple[str, int]  # "instruction", "product", or a global "load" or "store" and its width
+Work = Counter[Kind]
+
+
+def by_width(work: Work, access: str) -> dict[int, int]:
+    return {kind[1]: n for kind, n in sorted(work.items(), key=str) if kind[0] == access}
+
+
+def wide(work: Work, access: str) -> int:
+    """Bytes that a lane moves by 128-bit accesses."""
+    return sum(width * n for width, n in by_width(work, access).items() if width >= WIDE)
 
 
 @dataclass(eq=False)
@@ -296,7 +474,10 @@ class Program:
         return [x for block in sorted(loop.blocks if loop else self.reachable) for x in self.blocks[block]]
 
     def nest(self) -> list[Loop]:
-        """The hot loop and its inner one, and so on: at each depth the one with the most tensor-core instructions."""
+        """The hot loop and its inner one, and so on: at each depth the one with the most tensor-core instructions.
+
+        To the depth that holds most of them: loops further in prepare what these multiply.
+        """
 
         def weight(loop: Loop) -> tuple[int, int]:
             code = self.instructions(loop)
@@ -308,11 +489,17 @@ class Program:
             for loop in self.loops
             if loop.parent is (chain[-1] if chain else None) and any(x.hot for x in self.instructions(loop))
         ]:
-            chain.append(max(inner, key=weight))
+            heaviest = max(inner, key=weight)
+            if chain and 2 * weight(heaviest)[0] < weight(chain[-1])[0]:
+                break
+            chain.append(heaviest)
         return chain
 
-    def count(self, loop: Loop | None, trips: Sequence[int], choose: Callable[[Iterable[int]], int]) -> int:
-        """Instructions that a warp issues in one turn of a loop, or from entry to exit, the longest or shortest way.
+    def way(self, loop: Loop | None, trips: Sequence[int], longest: bool) -> Work:
+        """What a warp issues in one turn of a loop, or from entry to exit, on the longest way or the shortest.
+
+        Of the ways that have tensor-core instructions, where there are any, and then the most 128-bit accesses: a turn
+        of a warp without rows is not counted, nor one that does not load the next window, as the last.
 
         ``trips``: how often the loops inside turn, by depth; a loop that only waits turns once.
         """
@@ -320,40 +507,37 @@ class Program:
         start = loop.header if loop else 0
         inside = {block: inner for inner in self.loops if inner.parent is loop for block in inner.blocks}
 
+        def rank(work: Work) -> tuple[int, ...]:
+            length = work["instruction"]
+            return work["product"] > 0, wide(work, "load") + wide(work, "store"), length if longest else -length
+
         @functools.cache
-        def ahead(block: int) -> int | None:
+        def ahead(block: int) -> Work | None:
             inner = inside.get(block)
             if inner is None:
-                length, successors = len(self.blocks[block]), self.successors[block]
+                work, successors = sum((x.work for x in self.blocks[block]), Work()), self.successors[block]
             else:
                 hot = any(x.hot for x in self.instructions(inner))
                 turns = trips[0] if hot and trips else 1
-                length = turns * self.count(inner, trips[1:] if hot else (), choose)
+                turn = self.way(inner, trips[1:] if hot else (), longest)
+                work = Work({kind: turns * n for kind, n in turn.items()})
                 successors = {s for b in inner.blocks for s in self.successors[b]} - inner.blocks
             ends = start in successors if loop else not successors
-            rest = [n for s in successors if s in region and s != start and (n := ahead(s)) is not None]
-            return length + choose([*rest, *([0] if ends else [])]) if rest or ends else None
+            rest = [w for s in successors if s in region and s != start and (w := ahead(s)) is not None]
+            return work + max([*rest, *([Work()] if ends else [])], key=rank) if rest or ends else None
 
-        return ahead(start) or 0
-
-
-def tool(name: str, *arguments: str) -> str:
-    """Run one of the CUDA tools that come in Triton's wheel."""
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    done = subprocess.run([str(path), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed with exit status {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+        return ahead(start) or Work()
 
 
+@functools.lru_cache(64)
 def disassemble(cubin: bytes) -> tuple[Program, dict[str, int]]:
-    """A kernel's machine code, and its resources: REG a thread, STACK in bytes a thread."""
+    """A kernel's machine code, and its resources: REG a thread, STACK in bytes a thread, SHARED in bytes a block."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
         return Program(tool("nvdisasm", "-c", file.name)), {
-            n: int(v) for n, v in re.findall(r"(REG|STACK):(\d+)", usage)
+            n: int(v) for n, v in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)
         }
 
 
@@ -424,52 +608,14 @@ def blocks_per_sm(arch: int, registers: int, shared: int, warps: int, tensor_mem
     return limits[limit], limit
 
 
-class Turns(NamedTuple):
-    """How often loops turn, by depth. ``persistent``: the outer one does ``items`` items in ``trips[0]`` turns."""
-
-    persistent: bool
-    trips: tuple[int, ...]
-    items: float = 1
-
-
-def turns(launch: Launch) -> Turns | None:
-    """Known for the package's kernels, but for one that has two loops side by side; None for others."""
-    tokens = math.prod(launch.arguments.get("WINDOW", (1,)))
-
-    def tiles(block: str) -> int:
-        return math.ceil(tokens / launch.arguments[block])
-
-    if launch.name in ("_forward_kernel", "_backward_kernel"):
-        return Turns(True, (1,))
-    if launch.name in ("_forward_tiled_kernel", "_dq_kernel"):
-        return Turns(True, (tiles("BLOCK_M"), tiles("BLOCK_N")))
-    if launch.name == "_dkdv_kernel":
-        return Turns(True, (tiles("BLOCK_N"), tiles("BLOCK_M")))
-    if launch.name == "_dbias_kernel":
-        return Turns(True, (tiles("BLOCK_M") * tiles("BLOCK_N"),))
-    if launch.name in ("_shift_kernel", "_expand_kernel"):
-        return Turns(False, ())
-    if launch.name == "_reduce_kernel":
-        return Turns(False, (tiles("BLOCK_I"),))
-    if launch.name == "_weights_kernel":
-        rows = launch.arguments["table_ptr"].shape[0]
-        blocks = (launch.arguments["heads"], "BLOCK_H"), (rows, "BLOCK_R")
-        return Turns(False, tuple(math.ceil(n / launch.arguments[block]) for n, block in blocks))
-    if launch.name in NORM_KERNELS:
-        length = launch.arguments["length"]
-        return Turns(True, (1,), length / math.ceil(length / launch.arguments["BLOCK_M"]))
-    if launch.name == "_sum_kernel":
-        return Turns(False, (math.ceil(launch.arguments["programs"] / launch.arguments["BLOCK_P"]),))
-    return None
-
-
 @dataclass
 class Row:
     """One kernel of one configuration.
 
     Times in ns for one item: a (window, head) of attention, a window of partition and merge, a head of the bias, a row
     of a norm, a channel of the sum of its partials. Of two values, the first is along the longest way and the second
-    along the shortest: with the border mask and without it, where the compiler left a branch.
+    along the shortest: with the border mask and without it, where the compiler left a branch. Those that a launch
+    settles, such as the bias's dtype, are branches too.
     """
 
     arch: int
@@ -495,74 +641,79 @@ class Row:
     accesses: dict[str, list[int]]  # widths of the global accesses to each tensor
     tensor_core: dict[str, int]
     hot_loop: tuple[int, int]  # instructions a warp in one turn of the innermost hot loop
-    instructions: tuple[int, int] | None  # a warp, for one item; of a norm, for one tile of rows
-    issue_ns: tuple[float, float] | None
-    bytes: int  # that must move for one item
-    memory_ns: float
+    instructions: tuple[int, ...] | None  # a warp, for one item; of a norm, for one tile of rows
+    issue_ns: tuple[float, ...] | None
+    wide: tuple[int, int] | None  # bytes of 128-bit accesses for one item, loads and stores; of persistent kernels
+    bytes: int | None  # that must move for one item
+    memory_ns: float | None
     bound: str
     case: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(launch: Launch, arch: int, items: int, loops: Turns | None = None) -> Row:
+def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -> Row:
     """Disassemble a kernel that does ``items`` items in this launch."""
-    device, metadata = DEVICES[arch], launch.compiled.metadata
-    program, usage = disassemble(launch.compiled.asm["cubin"])
-    nest, loops = program.nest(), loops or turns(launch)
+    device = DEVICES[arch]
+    program, usage = disassemble(launch.cubin)
+    nest, turns = program.nest(), turns or launch.turns
     every = program.instructions()
-    hot, inner = (program.instructions(nest[0]), program.instructions(nest[-1])) if nest else (every, every)
+    hot = program.instructions(nest[0]) if nest else every
+    total = sum((x.work for x in every), Work())
+    inside = turns.trips[len(nest) :] if turns and turns.persistent else ()
+    inner = [program.way(nest[-1], inside, longest) for longest in (True, False)] if nest else [total, total]
     widths: dict[str, list[int]] = {}
-    for access in accesses(launch.compiled.asm["ptx"], launch.pointers()):
+    for access in launch.accesses():
         widths.setdefault(access.tensor, []).append(access.width)
 
-    def by_width(code: list[Instruction], names: set[str]) -> dict[int, int]:
-        return dict(sorted(Counter(x.width for x in code if x.name in names).items()))
-
-    warps = metadata.num_warps
-    most, limit = blocks_per_sm(arch, usage["REG"], metadata.shared, warps, getattr(metadata, "tmem_size", 0) or 0)
+    # on the newer architectures the system's reserve is in the kernel's own
+    shared = launch.shared + max(0, usage["SHARED"] - (SHARED_RESERVED if arch >= 90 else 0))
+    most, limit = blocks_per_sm(arch, usage["REG"], shared, launch.warps, launch.tensor_memory)
     resident = min(most, math.ceil(launch.programs / device.multiprocessors))
-    hot_loads = by_width(inner, GLOBAL_LOAD)
-    # of a norm, the lanes past the last channel load nothing
-    filled = launch.arguments["C"] / launch.arguments["BLOCK_C"] if launch.name in NORM_KERNELS else 1
-    issued = issue = None
-    if loops is not None:
-        if loops.persistent and nest:
-            ways = [loops.trips[0] * program.count(nest[0], loops.trips[1:], choose) for choose in (max, min)]
+    hot_loads = by_width(inner[1], "load")
+    issued = issue = moved_wide = None
+    if turns is not None:
+        if turns.persistent and nest:
+            ways = [program.way(nest[0], turns.trips[1:], longest) for longest in (True, False)]
+            ways = [Work({kind: turns.trips[0] * n for kind, n in way.items()}) for way in ways]
+            issued = ways[0]["instruction"], ways[1]["instruction"]
+            lanes = 32 * launch.warps / turns.items
+            moved_wide = int(wide(ways[1], "load") * lanes), int(wide(ways[1], "store") * lanes)
         else:
-            whole = [program.count(None, loops.trips, choose) for choose in (max, min)]
-            ways = [math.ceil(instructions * launch.programs / items) for instructions in whole]
-        issued = ways[0], ways[1]
+            ways = [program.way(None, turns.trips, longest) for longest in (True, False)]
+            issued = tuple(math.ceil(way["instruction"] * launch.programs / items) for way in ways)
         rate = SCHEDULERS * device.multiprocessors * device.clock / 1e9
-        issue = ways[0] * warps / rate / loops.items, ways[1] * warps / rate / loops.items
-    moved = {n: x for n, x in launch.tensors.items() if n not in ONCE or not {"q", "k"} & launch.tensors.keys()}
-    moved_bytes = sum(x.numel() * x.itemsize for x in moved.values()) // items
-    memory = moved_bytes / device.bandwidth * 1e9
+        issue = tuple(n * launch.warps / rate / turns.items for n in issued)
+    moved = launch.moved(items)
+    memory = None if moved is None else moved / device.bandwidth * 1e9
     return Row(
         arch=arch,
         kernel=launch.name,
-        warps=warps,
-        stages=metadata.num_stages,
+        warps=launch.warps,
+        stages=launch.stages,
         registers=usage["REG"],
         stack=usage["STACK"],
         local_hot=sum(x.name in LOCAL for x in hot),
         local_cold=sum(x.name in LOCAL for x in every) - sum(x.name in LOCAL for x in hot),
-        shared=metadata.shared,
+        shared=shared,
         programs=launch.programs,
         blocks_per_sm=most,
         limited_by=limit,
         resident=resident,
-        bytes_in_flight=int(sum(width * n for width, n in hot_loads.items()) * 32 * warps * resident * filled),
-        loads=by_width(every, GLOBAL_LOAD),
-        stores=by_width(every, GLOBAL_STORE),
+        bytes_in_flight=int(
+            sum(width * n for width, n in hot_loads.items()) * 32 * launch.warps * resident * launch.filled
+        ),
+        loads=by_width(total, "load"),
+        stores=by_width(total, "store"),
         hot_loads=hot_loads,
-        hot_stores=by_width(inner, GLOBAL_STORE),
+        hot_stores=by_width(inner[1], "store"),
         accesses=widths,
         tensor_core=dict(Counter(x.name for x in every if x.tensor_core)),
-        hot_loop=(program.count(nest[-1], (), max), program.count(nest[-1], (), min)) if nest else (0, 0),
+        hot_loop=(inner[0]["instruction"], inner[1]["instruction"]) if nest else (0, 0),
         instructions=issued,
         issue_ns=issue,
-        bytes=moved_bytes,
+        wide=moved_wide,
+        bytes=moved,
         memory_ns=memory,
-        bound="?" if issue is None else "issue" if issue[0] >= memory else "memory",
+        bound="?" if issue is None or memory is None else "issue" if issue[0] >= memory else "memory",
     )
 
 
@@ -572,6 +723,7 @@ class Call:
     arch: int
     op: str
     dtype: str
+    backend: str
 
     @property
     def items(self) -> int:
@@ -594,12 +746,17 @@ class Call:
         """Its cells in the table, after architecture, op and kernel."""
         raise NotImplementedError
 
-    def measure(self) -> list[Row]:
+    def launches(self) -> Sequence[Launch]:
         with compiling(self.arch) as launches:
             self.call()
+        return launches
+
+    def measure(self) -> list[Row]:
         rows = []
-        for launch in launches:
-            items = self.items if launch.name != "_sum_kernel" else 2 * launch.arguments["C"]
+        for launch in self.launches():
+            items = self.items
+            if isinstance(launch, TritonLaunch) and launch.name == "_sum_kernel":
+                items = 2 * launch.arguments["C"]
             rows.append(measure(launch, self.arch, items))
             rows[-1].case = asdict(self)
         return rows
@@ -617,6 +774,7 @@ class Case(Call):
     dtype: str = "bfloat16"
     bias: str = "float32"
     padded: bool = False
+    backend: str = "triton"
 
     heads = 3
     batch = 64
@@ -627,7 +785,7 @@ class Case(Call):
             parts += [f"shift {self.shift} head_dim {self.head_dim} {self.dtype}"]
         if self.op in ATTENTION:
             parts += [f"bias {self.bias}"]
-        return " ".join([*parts, *["padded"] * self.padded])
+        return " ".join([*parts, *["padded"] * self.padded, *["cuda"] * (self.backend == "cuda")])
 
     @property
     def size(self) -> int:
@@ -644,8 +802,7 @@ class Case(Call):
 
     def call(self) -> None:
         """Call the op's launcher as the ops do, on tensors laid out as a QKV projection leaves them."""
-        kernels = importlib.import_module("swinops.kernels")
-        launch = getattr(kernels, self.op)
+        launch = getattr(backends.module(self.backend), self.op)
         dtype, bias_dtype = getattr(torch, self.dtype), getattr(torch, self.bias)
         n, heads, tokens = self.size, self.heads, self.window**2
         window, shift = (self.window,) * 2, (self.shift,) * 2
@@ -680,6 +837,41 @@ class Case(Call):
                 gradients = [None if x is None else torch.empty_like(x) for x in learned]
                 launch(dout, *qkv.unbind(-3), *learned, out, lse, *dqkv.unbind(-3), *gradients, *rest)
 
+    def launches(self) -> Sequence[Launch]:
+        if self.backend == "triton":
+            return super().launches()
+        library = nvcc.extension()
+        with recording(self.arch):
+            return [self.cuda_launch(library, launch) for launch in library.record(self.call)]
+
+    def cuda_launch(self, library: nvcc.Library, launch: nvcc.Launch) -> CudaLaunch:
+        match = re.search(r"(\w+)(<.*>)?\(", launch.kernel.replace("(anonymous namespace)", ""))
+        name = match[1] if match else launch.kernel
+        threads = math.prod(launch.block)
+        turns, moved = None, None
+        if name in ("WholeForwardKernel", "WholeBackwardKernel"):
+            turns = Turns(True, (1,))
+        elif name == "TiledForwardKernel":
+            # rows, keys and chunks of keys; then the copies that a thread starts for a chunk
+            bits, width, keys = (int(n) for n in re.findall(r"\b\d+\b", f"{self.bits} {launch.kernel}")[:3])
+            groups = math.ceil(math.ceil(self.window**2 / 16) / (threads // 32))
+            copies = math.ceil(keys * width * bits / 128 / threads)
+            turns = Turns(True, (groups, math.ceil(self.window**2 / keys), copies))
+        if name in MOVES:
+            moved = sum(MOVES[name][:2]) * self.vector_bytes
+            moved += MOVES[name].floats * 4 * self.batch * self.size**2 * self.heads // self.items
+        cubin = library.assemble(launch.symbol, self.arch).read_bytes()
+        return CudaLaunch(name, cubin, launch.grid, math.ceil(threads / 32), launch.shared, turns, moved)
+
+    @property
+    def bits(self) -> int:
+        return 8 * getattr(torch, self.dtype).itemsize
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of one item's part of q, or of an image."""
+        return self.batch * self.size**2 * self.heads * self.head_dim * self.bits // 8 // self.items
+
     def labels(self) -> list[str]:
         return [
             f"{self.window}{'p' if self.padded else ''}",
@@ -710,6 +902,7 @@ class NormCase(Call):
     stream: str = "bfloat16"
     padded: bool = False
 
+    backend = "triton"
     batch = 64
 
     def __str__(self) -> str:
@@ -801,9 +994,11 @@ def failures(case: Call, rows: Sequence[Row]) -> list[Failure]:
             continue
         bar("stack", row, row.stack <= STACK_LIMIT, f"{row.stack} bytes", f"{STACK_LIMIT} bytes")
         bar("local memory", row, row.local_hot == 0, f"{row.local_hot} instructions in the hot loop", 0)
-        if case.op in ATTENTION:
+        if case.op in ATTENTION and row.kernel != "SumKernel":
             bar("tensor cores", row, bool(row.tensor_core), "no tensor-core instruction", "1")
-        if case.wide:
+        if case.backend == "cuda":
+            cuda_failures(case, row, bar)
+        elif case.wide:
             vectors = VECTORS[case.op] | {"out", "?"}
             narrow = {n: min(widths) for n, widths in row.accesses.items() if n in vectors and min(widths) < WIDE}
             bar("128-bit accesses", row, not narrow, f"bytes an access {narrow}", f"{WIDE} bytes")
@@ -816,19 +1011,56 @@ def failures(case: Call, rows: Sequence[Row]) -> list[Failure]:
             kept = made[True] >= asked[True] or made[False] <= asked[False]
             bar("128-bit accesses", row, kept, f"{made[True]} in the machine code", f"{asked[True]}, as in the PTX")
         if case.bounded(row):
+            share = ISSUE_SHARE.get((case.backend, row.arch), 1.0)
+            memory = (row.memory_ns or 0.0) * share
             issue = "unknown" if row.issue_ns is None else f"{row.issue_ns[0]:.2f} ns"
-            bar("issue time", row, row.bound == "memory", issue, f"memory time {row.memory_ns:.2f} ns")
+            limit = f"memory time {memory:.2f} ns" if share == 1 else f"{share} of the memory time, {memory:.2f} ns"
+            bar("issue time", row, row.issue_ns is not None and row.issue_ns[0] < memory, issue, limit)
         if row.kernel in NORM_KERNELS:
             device = DEVICES[row.arch]
             fit = row.blocks_per_sm * device.multiprocessors
             bar("one wave", row, row.programs <= fit, f"{row.programs} programs", f"{fit} that run at once")
             if case.bounded(row):
-                needed = math.ceil(device.bandwidth * LATENCY / device.multiprocessors)
+                needed = bytes_needed(row.arch)
                 bar("bytes in flight", row, row.bytes_in_flight >= needed, f"{row.bytes_in_flight} on an SM", needed)
-    if rows and case.op in VECTORS:
+    if rows and case.op in VECTORS and case.backend == "triton":
         missing = VECTORS[case.op] - {name for row in rows for name in row.accesses}
         bar("128-bit accesses", rows[0], not missing, f"no access to {sorted(missing)} was found", "each tensor")
     return found
+
+
+Bar = Callable[[str, Row, bool, object, object], None]
+
+
+def cuda_failures(case: Call, row: Row, bar: Bar) -> None:
+    needed = bytes_needed(row.arch)
+    warps = row.warps * row.blocks_per_sm
+    value = f"{row.registers} a thread, with {warps} warps and {row.bytes_in_flight} bytes in flight on an SM"
+    enough = warps >= ENOUGH_WARPS or row.bytes_in_flight >= needed
+    bar("registers", row, enough, value, f"128, with {ENOUGH_WARPS} warps, or {needed} bytes")
+    if case.wide and isinstance(case, Case) and row.wide is not None and row.kernel in MOVES:
+        # the bytes have to come from somewhere: as much as the tensors hold, by accesses of a kind
+        for access, done, tensors in zip(("loaded", "stored"), row.wide, MOVES[row.kernel], strict=False):
+            least = tensors * case.vector_bytes
+            bar("128-bit accesses", row, done >= least, f"{done} bytes of an item {access} by them", f"all {least}")
+
+
+def bytes_needed(arch: int) -> int:
+    """In flight on a multiprocessor, to keep the memory busy."""
+    device = DEVICES[arch]
+    return math.ceil(device.bandwidth * LATENCY / device.multiprocessors)
+
+
+def slower(done: Sequence[tuple[Call, list[Row], list[Failure]]]) -> Iterator[Failure]:
+    """The calls that must be bound by memory and of which CUDA's kernel issues for longer than Triton's."""
+    calls = {case: rows for case, rows, _ in done if isinstance(case, Case)}
+    for case, rows in calls.items():
+        others = calls.get(replace(case, backend="triton"))
+        if case.backend == "cuda" and rows and others and case.bounded(rows[0]):
+            (row,), (other,) = rows, others
+            if row.issue_ns and other.issue_ns and row.issue_ns[0] > other.issue_ns[0]:
+                times = f"{row.issue_ns[0]:.2f} ns", f"{other.issue_ns[0]:.2f} ns, as Triton's"
+                yield Failure("issue time", row.kernel, str(case), *times)
 
 
 LABELS = {Case: ("window", "shift", "head_dim", "dtype", "bias"), NormCase: ("channels", "dtype", "stream")}
@@ -859,8 +1091,9 @@ def cells(case: Call, row: Row) -> list[str]:
     narrow = {name: min(widths) for name, widths in sorted(row.accesses.items()) if min(widths) < WIDE}
     return [
         f"sm_{case.arch}",
+        case.backend,
         case.op,
-        row.kernel.strip("_").removesuffix("_kernel"),
+        row.kernel.strip("_").removesuffix("_kernel").removesuffix("Kernel"),
         *case.labels(),
         str(row.warps),
         str(row.registers),
@@ -875,15 +1108,17 @@ def cells(case: Call, row: Row) -> list[str]:
         " ".join(f"{n} {name}" for name, n in row.tensor_core.items()) or "-",
         ways(row.hot_loop, "d"),
         ways(row.issue_ns, ".2f"),
-        f"{row.memory_ns:.2f}",
+        "?" if row.memory_ns is None else f"{row.memory_ns:.2f}",
         row.bound,
     ]
 
 
 def cases(arguments: argparse.Namespace) -> list[Call]:
     chosen: list[Call] = []
-    for arch in arguments.arch:
+    for arch, backend in itertools.product(arguments.arch, arguments.backend):
         for op in arguments.op:
+            if not hasattr(backends.module(backend), op):
+                continue
             if op in NORMS:
                 for channels, dtype in itertools.product(arguments.channels, arguments.dtype):
                     if channels <= 768 or not op.startswith("patch_merging"):
@@ -892,7 +1127,7 @@ def cases(arguments: argparse.Namespace) -> list[Call]:
                 continue
             for window in arguments.window:
                 if op in BIAS:
-                    chosen.append(Case(arch, op, window))
+                    chosen.append(Case(arch, op, window, backend=backend))
                     continue
                 # a window of thousands of tokens, at the head dimension of published models only
                 for head_dim in arguments.head_dim if window < 48 else [32]:
@@ -900,9 +1135,12 @@ def cases(arguments: argparse.Namespace) -> list[Call]:
                         shifts = [(0, "float32"), (window // 2, "float32")]
                         if op in ATTENTION:
                             shifts.append((window // 2, dtype))
+                        if backend == "cuda":  # one kernel serves them all
+                            shifts = shifts[1:2]
                         for shift, bias in shifts:
-                            if arguments.shift is None or (shift > 0) == arguments.shift:
-                                chosen.append(Case(arch, op, window, shift, head_dim, dtype, bias, arguments.padded))
+                            if arguments.shift is None or (shift > 0) == arguments.shift or len(shifts) == 1:
+                                rest = head_dim, dtype, bias, arguments.padded, backend
+                                chosen.append(Case(arch, op, window, shift, *rest))
     return list(dict.fromkeys(chosen))
 
 
@@ -927,8 +1165,9 @@ def outcomes(chosen: Sequence[Call], jobs: int) -> Iterator[tuple[Call, list[Row
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Compile the Triton kernels ahead of time and check what became of them."
+        description="Compile the Triton and the CUDA kernels ahead of time and check what became of them."
     )
+    parser.add_argument("--backend", choices=[*BACKENDS, "both"], default="both")
     parser.add_argument("--arch", type=int, nargs="+", choices=list(DEVICES), default=list(DEVICES))
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--window", type=int, nargs="+", default=[4, 7, 8, 12, 16, 24, 48])
@@ -948,7 +1187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows and the failures there")
     arguments = parser.parse_args(argv)
-    if triton.knobs.runtime.interpret:
+    arguments.backend = BACKENDS if arguments.backend == "both" else (arguments.backend,)
+    if "cuda" in arguments.backend and (reason := nvcc.why_not()):
+        if arguments.backend == ("cuda",):
+            parser.error(reason)
+        print(f"Triton only: {reason}")
+        arguments.backend = ("triton",)
+    if "triton" in arguments.backend and triton.knobs.runtime.interpret:
         parser.error("the kernels are interpreted in this process: unset TRITON_INTERPRET")
 
     chosen = cases(arguments)
@@ -962,7 +1207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, labels in LABELS.items():
         lines = [cells(case, row) for case, rows, _ in done if isinstance(case, kind) for row in rows]
         if lines:
-            print("\n".join(aligned([("arch", "op", "kernel", *labels, *COLUMNS), *lines])))
+            print("\n".join(aligned([("arch", "backend", "op", "kernel", *labels, *COLUMNS), *lines])))
     for arch in arguments.arch:
         device = DEVICES[arch]
         print(
@@ -970,12 +1215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{device.bandwidth / 1e12:.2f} TB/s, nominal"
         )
     print(NOT_A_TIMING)
-    missed = [failure for _, _, failed in done for failure in failed]
+    missed = [*(failure for _, _, failed in done for failure in failed), *slower(done)]
     for failure in missed:
         print(f"FAILED {failure}")
     print(f"{sum(len(rows) for _, rows, _ in done)} kernels compiled, {len(missed)} bars missed")
     if arguments.json:
-        write_json(arguments.json, done)
+        write_json(arguments.json, done, missed)
     return 1 if missed else 0
 
 
@@ -992,15 +1237,16 @@ def progress(total: int) -> Iterator[Callable[[], object]]:
     yield lambda: None
 
 
-def write_json(path: Path, done: Sequence[tuple[Call, list[Row], list[Failure]]]) -> None:
+def write_json(path: Path, done: Sequence[tuple[Call, list[Row], list[Failure]]], missed: Sequence[Failure]) -> None:
     report = {
         "note": NOT_A_TIMING,
         "triton": triton.__version__,
+        "nvcc": nvcc.version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "devices": {f"sm_{arch}": device._asdict() for arch, device in DEVICES.items()},
         "rows": [asdict(row) for _, rows, _ in done for row in rows],
-        "failures": [failure._asdict() for _, _, failed in done for failure in failed],
+        "failures": [failure._asdict() for failure in missed],
     }
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
