@@ -113,6 +113,7 @@ def nvcc() -> str | None:
     return next((found for path in places if (found := shutil.which("nvcc", path=path))), None)
 
 
+@functools.cache
 def version() -> str | None:
     if nvcc() is None:
         return None
@@ -196,7 +197,8 @@ def compile_host(source: Path) -> Path:
 
 def compiled(source: Path, suffix: str, *flags: str) -> Path:
     headers = sorted({path for folder in (CSRC, source.parent) for path in folder.glob("*.*h")})
-    content = digest(*flags, str(source), *(path.read_bytes() for path in (source, *headers)))
+    # anonymous namespaces are named after the path
+    content = digest(str(version()), *FLAGS, *flags, str(source), *(path.read_bytes() for path in (source, *headers)))
     return made(CACHE / f"{source.stem}-{content}.{suffix}", nvcc(), *FLAGS, f"-I{CSRC}", *flags, source)
 
 

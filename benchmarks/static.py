@@ -847,30 +847,30 @@ class Case(Call):
     def cuda_launch(self, library: nvcc.Library, launch: nvcc.Launch) -> CudaLaunch:
         match = re.search(r"(\w+)(<.*>)?\(", launch.kernel.replace("(anonymous namespace)", ""))
         name = match[1] if match else launch.kernel
-        threads = math.prod(launch.block)
+        tokens, threads = self.window**2, math.prod(launch.block)
         turns, moved = None, None
         if name in ("WholeForwardKernel", "WholeBackwardKernel"):
             turns = Turns(True, (1,))
         elif name == "TiledForwardKernel":
-            # rows, keys and chunks of keys; then the copies that a thread starts for a chunk
-            bits, width, keys = (int(n) for n in re.findall(r"\b\d+\b", f"{self.bits} {launch.kernel}")[:3])
-            groups = math.ceil(math.ceil(self.window**2 / 16) / (threads // 32))
-            copies = math.ceil(keys * width * bits / 128 / threads)
-            turns = Turns(True, (groups, math.ceil(self.window**2 / keys), copies))
-        if name in MOVES:
-            moved = sum(MOVES[name][:2]) * self.vector_bytes
-            moved += MOVES[name].floats * 4 * self.batch * self.size**2 * self.heads // self.items
+            # blocks that share a window's rows, chunks of its keys, and the copies that a thread starts for one
+            width, keys = (int(number) for number in re.findall(r"\b\d+\b", launch.kernel)[:2])
+            groups = math.ceil(math.ceil(tokens / 16) / (threads // 32))
+            copies = math.ceil(keys * width * getattr(torch, self.dtype).itemsize / WIDE / threads)
+            turns = Turns(True, (groups, math.ceil(tokens / keys), copies))
+        if self.op.startswith("relative_position_bias"):
+            moved = (tokens**2 + (2 * self.window - 1) ** 2) * 4
+        elif name in MOVES:
+            *tensors, floats = MOVES[name]
+            moved = sum(tensors) * self.vector_bytes
+            moved += floats * 4 * self.batch * self.size**2 * self.heads // self.items
         cubin = library.assemble(launch.symbol, self.arch).read_bytes()
         return CudaLaunch(name, cubin, launch.grid, math.ceil(threads / 32), launch.shared, turns, moved)
 
     @property
-    def bits(self) -> int:
-        return 8 * getattr(torch, self.dtype).itemsize
-
-    @property
     def vector_bytes(self) -> int:
         """Of one item's part of q, or of an image."""
-        return self.batch * self.size**2 * self.heads * self.head_dim * self.bits // 8 // self.items
+        size = self.heads * self.head_dim * getattr(torch, self.dtype).itemsize
+        return self.batch * self.size**2 * size // self.items
 
     def labels(self) -> list[str]:
         return [
@@ -1159,7 +1159,9 @@ def outcomes(chosen: Sequence[Call], jobs: int) -> Iterator[tuple[Call, list[Row
         return
     # spawned: torch's threads do not survive a fork
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(outcome, case) for case in chosen]):
+        # not neighbours at once: they may wait for one another to compile a file that both need
+        apart = [case for first in range(jobs) for case in chosen[first::jobs]]
+        for future in as_completed([pool.submit(outcome, case) for case in apart]):
             yield future.result()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,6 +226,8 @@ with_nvcc = pytest.mark.skipif(without_nvcc is not None, reason=str(without_nvcc
 MISSED = {
     ("issue time", 90, "cosine_attention", 7),  # 0.56 of the memory time: lengths of queries and keys
     ("local memory", 80, "window_attention", 8),  # a register of 128 too few
+    # nine warps, in one block on a multiprocessor, and less than 18 KB in flight
+    *(("registers", 90, op, 12) for op in static.FORWARD),
 }
 
 
@@ -232,23 +235,22 @@ MISSED = {
 def test_cuda_kernels_pass_the_bars(tmp_path):
     small, large = tmp_path / "small.json", tmp_path / "large.json"
     common = "-m", "swinops.benchmarks.static", "--backend", "cuda", "--head-dim", "32", "--dtype", "bfloat16"
-    done = [
-        compiling_process(
-            *(*common, "--arch", "80", "90", "--window", "7", "8", "--jobs", "2", "--op", *static.ATTENTION),
-            *("--json", str(small)),
-        ),
+    commands = [
+        (*common, "--arch", "80", "90", "--window", "7", "8", "--jobs", "2", "--op", *static.ATTENTION),
         # of more than 64 tokens; the kernels of their backward pass take minutes to compile, and are the command's
-        compiling_process(
-            *(*common, "--arch", "90", "--window", "12", "--jobs", "1", "--op", *static.FORWARD, "--json", str(large)),
-        ),
+        (*common, "--arch", "90", "--window", "12", "--jobs", "1", "--op", *static.FORWARD),
     ]
+    with ThreadPoolExecutor() as pool:
+        done = list(
+            pool.map(lambda command, path: compiling_process(*command, "--json", str(path)), commands, (small, large))
+        )
     for one, path in zip(done, (small, large), strict=True):
         assert path.exists(), one.stdout[-4000:] + one.stderr[-4000:]
         assert static.NOT_A_TIMING in one.stdout
     reports = [json.loads(path.read_text()) for path in (small, large)]
     assert [one.returncode for one in done] == [int(bool(report["failures"])) for report in reports]
 
-    found = {(f["bar"], f["case"]) for f in reports[0]["failures"]}
+    found = {(f["bar"], f["case"]) for report in reports for f in report["failures"]}
     expected = {(bar, str(cuda_case(arch, op, window))) for bar, arch, op, window in MISSED}
     assert found == expected, f"missed {found - expected}, passed {expected - found}"
 
