@@ -28,7 +28,7 @@ gpu-check: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* csrc/*/*.cpp tests/cuda_on_cpu/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* csrc/*/*.cpp tests/emulator/*.h tests/emulator/*.c*)
 	$(BIN)/python -m mypy
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)

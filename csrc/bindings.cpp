@@ -1,4 +1,5 @@
 // The extension module swinops._C: integers to pointers, error codes to exceptions. The only file that knows Python.
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -79,6 +80,75 @@ void continuous_position_bias_backward(uintptr_t dbias, uintptr_t table, uintptr
       swinops::Dtype(dbias_dtype), reinterpret_cast<cudaStream_t>(stream)));
 }
 
+template <size_t n, class T, class U>
+void copy(const std::array<T, n>& from, U (&to)[n]) {
+  std::copy(from.begin(), from.end(), to);
+}
+
+// Made once for all calls of a shape: a launch then takes it and addresses only.
+swinops::AttentionShape attention_shape(int64_t batch, std::array<int, 3> size, int heads, int head_dim,
+                                        std::array<int, 3> window, std::array<int, 3> shift, bool roll_pad, float scale,
+                                        float mask_value, int dtype, int scale_dtype, int bias_dtype, bool tf32,
+                                        std::array<int64_t, 5> qkv_stride, std::array<int64_t, 5> dout_stride,
+                                        std::array<int64_t, 5> grad_stride, int multiprocessors, int shared_bytes) {
+  swinops::AttentionShape s{};
+  s.batch = batch;
+  copy(size, s.size);
+  s.heads = heads;
+  s.head_dim = head_dim;
+  copy(window, s.window);
+  copy(shift, s.shift);
+  s.roll_pad = roll_pad;
+  s.scale = scale;
+  s.mask_value = mask_value;
+  s.dtype = swinops::Dtype(dtype);
+  s.scale_dtype = swinops::Dtype(scale_dtype);
+  s.bias_dtype = swinops::Dtype(bias_dtype);
+  s.tf32 = tf32;
+  copy(qkv_stride, s.qkv_stride);
+  copy(dout_stride, s.dout_stride);
+  copy(grad_stride, s.grad_stride);
+  s.multiprocessors = multiprocessors;
+  s.shared_bytes = shared_bytes;
+  return s;
+}
+
+using Pointers = std::array<uintptr_t, 6>;
+
+swinops::AttentionInputs attention_inputs(const Pointers& p) {
+  return {pointer(p[0]), pointer(p[1]), pointer(p[2]), pointer(p[3]), pointer(p[4]), pointer(p[5])};
+}
+
+swinops::AttentionGradients attention_gradients(const Pointers& p, const std::array<int, 3>& dtypes = {}) {
+  return {pointer(p[0]),
+          pointer(p[1]),
+          pointer(p[2]),
+          pointer(p[3]),
+          pointer(p[4]),
+          pointer(p[5]),
+          swinops::Dtype(dtypes[0]),
+          swinops::Dtype(dtypes[1]),
+          swinops::Dtype(dtypes[2])};
+}
+
+void attention(const swinops::AttentionShape& shape, const Pointers& inputs, uintptr_t out, uintptr_t lse,
+               uintptr_t stream) {
+  check(swinops::attention(attention_inputs(inputs), pointer(out), pointer<float>(lse), shape,
+                           reinterpret_cast<cudaStream_t>(stream)));
+}
+
+int64_t attention_workspace(const swinops::AttentionShape& shape, const Pointers& inputs, const Pointers& gradients) {
+  return swinops::attention_workspace(attention_inputs(inputs), attention_gradients(gradients), shape);
+}
+
+void attention_backward(const swinops::AttentionShape& shape, uintptr_t dout, const Pointers& inputs, uintptr_t out,
+                        uintptr_t lse, const Pointers& gradients, const std::array<int, 3>& dtypes, uintptr_t workspace,
+                        uintptr_t stream) {
+  check(swinops::attention_backward(pointer(dout), attention_inputs(inputs), pointer(out), pointer<float>(lse),
+                                    attention_gradients(gradients, dtypes), pointer<float>(workspace), shape,
+                                    reinterpret_cast<cudaStream_t>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,6 +160,14 @@ PYBIND11_MODULE(_C, m) {
         "stream"_a);
   m.def("window_merge", cyclic_shift<swinops::window_merge>, py::kw_only(), "windows"_a, "image"_a, "batch"_a, "size"_a,
         "channels"_a, "window"_a, "shift"_a, "image_stride"_a, "windows_stride"_a, "element_size"_a, "stream"_a);
+
+  py::class_<swinops::AttentionShape>(m, "AttentionShape", py::module_local())
+      .def(py::init(&attention_shape), py::kw_only(), "batch"_a, "size"_a, "heads"_a, "head_dim"_a, "window"_a,
+           "shift"_a, "roll_pad"_a, "scale"_a, "mask_value"_a, "dtype"_a, "scale_dtype"_a, "bias_dtype"_a, "tf32"_a,
+           "qkv_stride"_a, "dout_stride"_a, "grad_stride"_a, "multiprocessors"_a, "shared_bytes"_a);
+  m.def("attention", attention);
+  m.def("attention_workspace", attention_workspace);
+  m.def("attention_backward", attention_backward);
 
   m.def("relative_position_bias", relative_position_bias);
   m.def("relative_position_bias_backward", relative_position_bias_backward);

@@ -61,6 +61,22 @@ struct AttentionInputs {
 cudaError_t attention(const AttentionInputs& inputs, void* out, float* lse, const AttentionShape& shape,
                       cudaStream_t stream);
 
+// dq, dk and dv in image layout, grad_stride; the others contiguous, and null where not wanted.
+struct AttentionGradients {
+  void *dq, *dk, *dv;
+  void *dlogit_scale, *dbias, *dpad_kv;
+  Dtype scale_dtype, bias_dtype, pad_dtype;
+};
+
+// How many floats backward works in, for the gradients that are not null.
+int64_t attention_workspace(const AttentionInputs& inputs, const AttentionGradients& gradients,
+                            const AttentionShape& shape);
+
+// out and lse are those of forward, and dout's strides dout_stride.
+cudaError_t attention_backward(const void* dout, const AttentionInputs& inputs, const void* out, const float* lse,
+                               const AttentionGradients& gradients, float* workspace, const AttentionShape& shape,
+                               cudaStream_t stream);
+
 // Windows [D, H, W] of N tokens, and their position bias [heads, N, N]: the bias of a pair (query, key) is the row of a
 // table [(2D - 1)(2H - 1)(2W - 1), heads] for the offset between them. Two dimensions have D = 1.
 struct BiasShape {

@@ -29,6 +29,7 @@ from swinops.kernels.cyclic_shift import (
     window_tokens,
 )
 from swinops.kernels.tuning import configure
+from swinops.precision import tf32_allowed
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 MAX_LOGIT_SCALE: tl.constexpr = tl.constexpr(math.log(100))
@@ -589,12 +590,6 @@ class Partials:
     def reduce(self) -> None:
         if self.total is not None and self.partials is not None:
             self.total.copy_(self.partials.sum(0))
-
-
-def tf32_allowed() -> bool:
-    """Torch's own setting for float32 matrix products on CUDA, which its older switches update too."""
-    matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def unit_stride(x: Tensor) -> Tensor:

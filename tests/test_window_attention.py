@@ -334,8 +334,8 @@ def test_nan_and_inf_stay_in_their_window(name, size, value, backend, device):
 
     calls = (op, dirty), (definition, dirty), (op, clean)
     results, expected, without = (differentiate(*call, inputs.dout) for call in calls)
-    # a sum over all windows
-    assert torch.equal(results.pop("dbias").isnan(), expected["dbias"].isnan())
+    # a sum over all windows; of a masked pair's weight, which may be flushed to 0, and inf it is NaN or infinite
+    assert torch.equal(results.pop("dbias").isfinite(), expected["dbias"].isfinite())
     rows, columns = (
         set(((torch.arange(w) + 4 - (4 - s) % w) % n).tolist()) for w, s, n in zip(window, shift, size, strict=True)
     )
@@ -344,7 +344,7 @@ def test_nan_and_inf_stay_in_their_window(name, size, value, backend, device):
     )
     for key, x in results.items():
         assert torch.equal(x.isfinite(), expected[key].isfinite()), key
-        assert torch.equal(x.isnan(), expected[key].isnan()), key
+        assert x.isnan()[expected[key].isnan()].all(), key  # where a weight is flushed to 0, inf becomes NaN too
         assert torch.equal(x[0, elsewhere], without[key][0, elsewhere]), key
 
 

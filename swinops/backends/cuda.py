@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("window_partition", "window_merge", "relative_position_bias", "continuous_position_bias")
+from swinops.precision import tf32_allowed
+
+ATTENTION = ("window_attention", "cosine_attention")
+OPS = ("window_partition", "window_merge", *ATTENTION, "relative_position_bias", "continuous_position_bias")
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/swinops.h's Dtype
 
@@ -44,6 +47,11 @@ def why_not(x: Tensor, op: str) -> str | None:
         return f"its kernels need compute capability 8.0 or higher, and {here}"
     if not any(runs_on(arch, capability) for arch in _C.archs.split(";")):
         return f"swinops._C was built for compute capability {_C.archs}, and {here}: install it again on this machine"
+    if op in ATTENTION:
+        if x.dtype not in DTYPES:
+            return f"its window attention takes float32, float16 and bfloat16, not {x.dtype}"
+        if x.shape[-1] > 256:
+            return f"its window attention takes a head_dim up to 256, not {x.shape[-1]}"
     if op == "relative_position_bias" and x.dtype == torch.float64:
         return "its relative position bias sums in float32, which loses float64's precision"
     if op == "continuous_position_bias" and x.dtype not in DTYPES:
@@ -196,3 +204,232 @@ def continuous_position_bias_backward(
             *(dbias.stride(), DTYPES[dbias.dtype], stream),
         )
     return dw1, db1, dw2
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+) -> tuple[Tensor, Tensor]:
+    return attend("window_attention", q, k, v, None, bias, pad_kv, window, shift, scale, pad_order, mask_value)
+
+
+def cosine_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    pad_order: str,
+    mask_value: float,
+) -> tuple[Tensor, Tensor]:
+    return attend("cosine_attention", q, k, v, logit_scale, bias, pad_kv, window, shift, 0.0, pad_order, mask_value)
+
+
+def attend(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor | None,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Allocate and launch the forward pass: of cosine attention where there is a ``logit_scale``."""
+    q, k, v = same_strides(q, k, v)
+    logit_scale, bias, pad_kv = parameters(q, logit_scale, bias, pad_kv)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    shape = describe(q, logit_scale, bias, (), (), *settings)
+    inputs = list(map(address, (q, k, v, logit_scale, bias, pad_kv)))
+    with launching(op, q=q, k=k, v=v, logit_scale=logit_scale, bias=bias, pad_kv=pad_kv) as stream:
+        extension()[0].attention(shape, inputs, address(out), address(lse), stream)
+    return out, lse
+
+
+def window_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    dpad_kv: Tensor | None,
+    *settings: Any,
+) -> None:
+    learned, dlearned = (None, bias, pad_kv), (None, dbias, dpad_kv)
+    attend_backward(
+        "window_attention_backward", dout, (q, k, v), learned, out, lse, (dq, dk, dv), dlearned, *settings
+    )  # fmt: skip
+
+
+def cosine_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor | None,
+    pad_kv: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dlogit_scale: Tensor | None,
+    dbias: Tensor | None,
+    dpad_kv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    pad_order: str,
+    mask_value: float,
+) -> None:
+    learned, dlearned = (logit_scale, bias, pad_kv), (dlogit_scale, dbias, dpad_kv)
+    settings = window, shift, 0.0, pad_order, mask_value
+    attend_backward(
+        "cosine_attention_backward", dout, (q, k, v), learned, out, lse, (dq, dk, dv), dlearned, *settings
+    )  # fmt: skip
+
+
+def attend_backward(
+    op: str,
+    dout: Tensor,
+    qkv: Sequence[Tensor],
+    learned: Sequence[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    dqkv: Sequence[Tensor],
+    dlearned: Sequence[Tensor | None],
+    *settings: Any,
+) -> None:
+    """Launch the backward pass, which fills the gradients. ``learned``: logit_scale, bias, pad_kv"""
+    q, k, v = same_strides(*qkv)
+    logit_scale, bias, pad_kv = parameters(q, *learned)
+    (dout,), out, lse = same_strides(dout), out.contiguous(), lse.contiguous()
+    empty = not q.numel()
+    padded = any(n % w for n, w in zip(q.shape[1:-2], settings[0], strict=True))
+    # sums over nothing are left to the end
+    summed = [None if empty else x for x in (*dlearned[:2], dlearned[2] if padded else None)]
+    written = [x if x is None or x.dtype in DTYPES else x.float() for x in summed]
+    dtypes = [0 if x is None else DTYPES[x.dtype] for x in written]
+    shape = describe(q, logit_scale, bias, dout.stride()[:-1], dqkv[0].stride()[:-1], *settings)
+    read = list(map(address, (q, k, v, logit_scale, bias, pad_kv)))
+    filled = list(map(address, (*dqkv, *written)))
+    workspace = q.new_empty(extension()[0].attention_workspace(shape, read, filled), dtype=torch.float32)
+    with launching(op, dout=dout, q=q, k=k, v=v, logit_scale=logit_scale, bias=bias, pad_kv=pad_kv) as stream:
+        extension()[0].attention_backward(
+            shape, address(dout), read, address(out), address(lse), filled, dtypes, address(workspace), stream
+        )
+    for gradient, x in zip(dlearned, written, strict=True):
+        if gradient is not None and x is not gradient:
+            gradient.zero_() if x is None else gradient.copy_(x)
+
+
+def same_strides(*tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors as the kernels take them: their strides are one, the last of them 1 and those of an image short."""
+    strides = tensors[0].stride()
+    if strides[-1] == 1 and max(strides[1:]) < 2**31 and all(x.stride() == strides for x in tensors):
+        return tensors
+    return [x.contiguous() for x in tensors]
+
+
+def parameters(
+    q: Tensor, logit_scale: Tensor | None, bias: Tensor | None, pad_kv: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """As the kernels take them: contiguous, in a dtype that they read, and ``pad_kv`` in that of the keys."""
+    logit_scale, bias = (
+        x if x is None or (x.dtype in DTYPES and x.is_contiguous()) else x.to(torch.float32).contiguous()
+        for x in (logit_scale, bias)
+    )
+    return logit_scale, bias, None if pad_kv is None else pad_kv.to(q.dtype).contiguous()
+
+
+def describe(
+    q: Tensor,
+    logit_scale: Tensor | None,
+    bias: Tensor | None,
+    dout_stride: Sequence[int],
+    grad_stride: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+) -> Any:
+    """The extension's AttentionShape."""
+    dtypes = [DTYPES[torch.float32 if x is None else x.dtype] for x in (q, logit_scale, bias)]
+    strides = q.stride()[:-1], tuple(dout_stride), tuple(grad_stride)
+    device = q.device if q.is_cuda else None
+    tf32 = q.dtype == torch.float32 and tf32_allowed()
+    settings = tuple(window), tuple(shift), scale, pad_order == "roll_pad", mask_value
+    return attention_shape(extension()[0], tuple(q.shape), *strides, *dtypes, tf32, device, *settings)
+
+
+@functools.lru_cache(4096)
+def attention_shape(
+    _C: Any,
+    shape: tuple[int, ...],
+    qkv_stride: tuple[int, ...],
+    dout_stride: tuple[int, ...],
+    grad_stride: tuple[int, ...],
+    dtype: int,
+    scale_dtype: int,
+    bias_dtype: int,
+    tf32: bool,
+    device: torch.device | None,
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    scale: float,
+    roll_pad: bool,
+    mask_value: float,
+) -> Any:
+    """Kept, for making it takes longer than a launch."""
+    axes = len(window)
+
+    def strides(given: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the batch, three axes and the heads."""
+        return (given[0], *(0,) * (3 - axes), *given[1:]) if given else (0,) * 5
+
+    batch, *size, heads, head_dim = shape
+    # in the emulator two multiprocessors, so that blocks loop, as on a GPU, with the memory of the smallest
+    multiprocessors, shared_bytes = 2, 99 << 10
+    if device is not None:
+        properties = torch.cuda.get_device_properties(device)
+        multiprocessors = properties.multi_processor_count
+        shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return _C.AttentionShape(
+        batch=batch,
+        size=(*(1,) * (3 - axes), *size),
+        heads=heads,
+        head_dim=head_dim,
+        window=three(window),
+        shift=(*(0,) * (3 - axes), *shift),
+        roll_pad=roll_pad,
+        scale=scale,
+        mask_value=mask_value,
+        dtype=dtype,
+        scale_dtype=scale_dtype,
+        bias_dtype=bias_dtype,
+        tf32=tf32,
+        qkv_stride=strides(qkv_stride),
+        dout_stride=strides(dout_stride),
+        grad_stride=strides(grad_stride),
+        multiprocessors=multiprocessors,
+        shared_bytes=shared_bytes,
+    )

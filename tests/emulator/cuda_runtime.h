@@ -165,6 +165,7 @@ inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __frsqrt_rn(float x) { return float(1.0 / sqrt(double(x))); }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline unsigned __float_as_uint(float x) { return emulator::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return emulator::bit_cast<float>(x); }
