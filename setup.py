@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -71,28 +72,36 @@ def gencode(arch: str) -> list[str]:
 
 
 class BuildExtension(build_ext):
-    """One nvcc command compiles and links it all."""
+    """nvcc compiles the files side by side, and links them."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
         archs = choose_archs(NVCC)
-        library = self.get_ext_fullpath(ext.name)
-        os.makedirs(os.path.dirname(library), exist_ok=True)
-        command = [
-            NVCC,
-            *("-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"),
-            # the runtime goes into the library and stays hidden there: torch brings its own
-            *("-cudart=static", "-Xlinker=--exclude-libs=ALL"),
+        library = Path(self.get_ext_fullpath(ext.name))
+        objects = Path(self.build_temp, "csrc")
+        for folder in (library.parent, objects):
+            folder.mkdir(parents=True, exist_ok=True)
+        flags = [
+            *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"),
             *(flag for arch in archs for flag in gencode(arch)),
             f'-DSWINOPS_ARCHS="{";".join(archs)}"',
             *(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))),
-            *ext.sources,
-            *("-o", library),
         ]
-        print(*command, flush=True)
-        if code := subprocess.run(command).returncode:
-            raise SystemExit(f"nvcc failed with exit status {code}; SWINOPS_CUDA=0 builds swinops without CUDA")
+        compiled = [str(objects / f"{Path(source).stem}.o") for source in ext.sources]
+        commands = [[NVCC, "-c", *flags, s, "-o", o] for s, o in zip(ext.sources, compiled, strict=True)]
+        # the longest first, or all would wait for it at the end
+        commands.sort(key=lambda command: -os.path.getsize(command[-3]))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(nvcc, commands))
+        # the runtime goes into the library and stays hidden there: torch brings its own
+        nvcc([NVCC, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL", *compiled, "-o", str(library)])
+
+
+def nvcc(command: list[str]) -> None:
+    print(*command, flush=True)
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(f"nvcc failed with exit status {code}; SWINOPS_CUDA=0 builds swinops without CUDA")
 
 
 class BuildPython(build_py):

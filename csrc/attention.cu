@@ -9,7 +9,7 @@ namespace {
 bool is_empty(const AttentionShape& s) { return s.batch == 0; }
 
 bool is_valid(const AttentionShape& s) {
-  if (s.batch < 0 || s.heads < 1 || s.heads > 65535 || s.head_dim < 1 || s.head_dim > 256) return false;
+  if (s.batch < 0 || s.heads < 1 || s.heads > 65535 || s.head_dim < 1 || s.head_dim > 128) return false;
   int64_t tokens = 1, windows = s.batch;
   for (int axis = 0; axis < 3; ++axis) {
     if (s.size[axis] < 1 || s.window[axis] < 1 || s.shift[axis] < 0 || s.shift[axis] >= s.window[axis]) return false;

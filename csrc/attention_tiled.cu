@@ -26,7 +26,7 @@ struct TiledShared {
 };
 
 template <class Math, int kKeys>
-__global__ void __launch_bounds__(kWarp* kTiledWarps) TiledForwardKernel(const ForwardArguments a) {
+__global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKernel(const ForwardArguments a) {
   using T = typename Math::Element;
   using Rows = typename Math::Rows;
   using Shared = TiledShared<Math, kKeys>;
@@ -198,7 +198,7 @@ cudaError_t launch(ForwardArguments a, const AttentionShape& s, cudaStream_t str
   using Shared = TiledShared<Math, kKeys>;
   const int tokens = a.geometry.tokens, tiles = ceil_div(tokens, 16);
   const auto share = [&](int most) { return ceil_div(tiles, ceil_div(tiles, most)); };  // warps of a group
-  int warps = share(kTiledWarps);
+  int warps = share(most_warps(kKeys));
   while (warps > 1 && Shared::without_bias(warps, tokens) > s.shared_bytes) warps = share(warps - 1);
   int64_t shared = Shared::without_bias(warps, tokens);
   if (shared > s.shared_bytes) return cudaErrorInvalidValue;

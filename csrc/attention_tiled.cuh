@@ -82,7 +82,8 @@ __device__ void measure(typename Math::Element* x, int rows, float* factors) {
   }
 }
 
-constexpr int kTiledWarps = 9;  // at most; 144 tokens are nine tiles of 16
+// Warps of a block of forward: 144 tokens are nine tiles of 16, and three chunks of 48.
+constexpr int most_warps(int keys) { return keys == 48 ? 9 : 8; }
 
 // Calls `launch.run<Math, kKeys>()` with the arithmetic of a call and the tokens of a chunk, at most kMost: fewer where
 // rows are longer, so that two stages of two tensors leave room.
@@ -90,7 +91,7 @@ template <int kMost, template <int> class Math, class Launch>
 cudaError_t with_width(const AttentionShape& s, Launch launch) {
   if (s.head_dim <= 32) return launch.template run<Math<32>, kMost>();
   if (s.head_dim <= 64) return launch.template run<Math<64>, 32>();
-  return launch.template run<Math<256>, 16>();
+  return launch.template run<Math<128>, 16>();
 }
 
 template <int kWidth>

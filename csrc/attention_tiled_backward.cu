@@ -455,7 +455,7 @@ struct Launch {
     const bool normed = s.dtype == Dtype::kFloat32 || a.inputs.logit_scale || a.geometry.tokens == 1;
     TiledArguments t{a, delta, norm, blocks.groups, blocks.stages == 2, normed};
     if (const cudaError_t error = launch<Math, kKeys, Sum::kDq>(t, blocks)) return error;
-    if constexpr (BackwardShared<Math, kKeys>::kWidth <= 64) {
+    if constexpr (BackwardShared<Math, kKeys>::kWidth * sizeof(typename Math::Element) <= 128) {
       if (const cudaError_t error = launch<Math, kKeys, Sum::kDkDv>(t, blocks)) return error;
     } else {  // the sums of both would not fit into registers
       if (const cudaError_t error = launch<Math, kKeys, Sum::kDk>(t, blocks)) return error;

@@ -391,8 +391,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if facts["ok"] else 1
 
 
-def why_not(op: str, backend: str, dtype: torch.dtype, device: str) -> str | None:
-    x = torch.empty(0, 1, 1, 1, 1, dtype=dtype, device=device)
+def why_not(op: str, backend: str, dtype: torch.dtype, device: str, head_dim: int = 1) -> str | None:
+    x = torch.empty(0, 1, 1, 1, head_dim, dtype=dtype, device=device)
     reason = backends.why_not(backend, x, op.removesuffix("_qkvpacked"))  # the same kernel
     if reason is None and interpreted(backend) and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 numbers as integers, and cuts bits off where it should round"
@@ -422,6 +422,8 @@ def check_row(row: Row, device: str) -> Row:
     used = -1.0
     # the first are small, and the interpreter takes half a second for a window
     for shape in shapes[:INTERPRETED] if interpreted(row.backend) else shapes:
+        if why_not(row.op, row.backend, DTYPES[row.dtype], device, getattr(shape, "head_dim", 1)) is not None:
+            continue
         row.shapes += 1
         try:
             with settled():

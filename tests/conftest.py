@@ -125,7 +125,9 @@ def backend(request, device) -> str:
     op = (params.params.get("op") if params else None) or request.module.OP
     if request.param == "cuda" and device.type == "cpu" and op in cuda.OPS:
         request.getfixturevalue("emulated_cuda")
-    require(request.param, why_not(request.param, torch.empty(1, device=device), op))
+    case = getattr(request.module, "CASES", {}).get(params.params.get("case")) if params else None
+    head_dim = getattr(case, "head_dim", 1)
+    require(request.param, why_not(request.param, torch.empty(head_dim, device=device), op))
     return request.param
 
 

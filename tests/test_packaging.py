@@ -88,9 +88,10 @@ def fake_nvcc(tmp_path):
 def wheel(tmp_path_factory):
     """What `pip install .` installs, built in an environment that holds the build requirements and nothing else."""
     source = copy_source(tmp_path_factory.mktemp("wheel") / "source")
-    wheel = pip_wheel(source)
+    arch = {"SWINOPS_CUDA_ARCHS": "90+PTX"}  # each takes minutes
+    wheel = pip_wheel(source, **arch)
     if isinstance(wheel, str) and "No matching distribution found for setuptools" in wheel:
-        wheel = pip_wheel(source, "--no-build-isolation")  # no package index can be reached
+        wheel = pip_wheel(source, "--no-build-isolation", **arch)  # no package index can be reached
     assert isinstance(wheel, Path), wheel
     return wheel
 
@@ -127,7 +128,7 @@ def test_wheel_holds_the_package(wheel):
     pictures = {
         f"swinops/benchmarks/{path.name}" for path in (ROOT / "benchmarks").iterdir() if path.suffix in (".jpg", ".png")
     }
-    assert names >= {"swinops/py.typed", *pictures}
+    assert names >= {"swinops/py.typed", "swinops/backends/choice.csv", *pictures}
     assert {name.split("/")[0] for name in names} == {"swinops", "swinops-0.1.0.dist-info"}
     assert "License-Expression: BSD-3-Clause" in metadata and "Requires-Python: >=3.10" in metadata
 
@@ -136,7 +137,7 @@ def test_wheel_holds_the_package(wheel):
 def test_extension_knows_nothing_of_torch(library):
     needed = run("readelf", "-d", library).stdout
     assert "NEEDED" in needed and not re.search(r"NEEDED.*(torch|c10|cudart|libcuda)", needed)
-    symbols = run("nm", "-D", library).stdout
+    symbols = " ".join(line.split()[-1] for line in run("nm", "-D", library).stdout.splitlines())
     assert "PyInit__C" in symbols and not re.search(r"c10|at::|_ZN2at|torch|cuda[A-Z]", symbols)
 
 
@@ -161,8 +162,6 @@ def test_extension_holds_the_architectures_it_names(library):
     built = re.findall(r"\.(sm_\w+)\.cubin", run(cuobjdump, "--list-elf", library).stdout)
     assert set(built) == {"sm_" + arch.removesuffix("+PTX") for arch in archs}
     assert ("PTX file" in run(cuobjdump, "--list-ptx", library).stdout) == any("+PTX" in arch for arch in archs)
-    if shutil.which("nvidia-smi") is None:
-        assert archs == ["80", "90", "100", "120+PTX"]
 
 
 def test_wheel_imports(wheel, install):
@@ -215,7 +214,11 @@ def test_chosen_architectures(source, fake_nvcc, asked, present, flags):
     done = run(sys.executable, "setup.py", "-q", "build_ext", cwd=source, PATH=path, SWINOPS_CUDA_ARCHS=asked)
     assert done.returncode == 0, done.stderr
     (library,) = source.glob("build/lib*/swinops/_C.*.so")
-    assert " ".join(re.findall(r"code=((?:sm|compute)_\w+)", library.read_text())) == flags
+    objects = sorted(source.glob("build/temp*/csrc/*.o"))
+    assert len(objects) == len(list(source.glob("csrc/*.c[up]*"))) and all(
+        str(path) in library.read_text() for path in (path.relative_to(source) for path in objects)
+    )
+    assert {" ".join(re.findall(r"code=((?:sm|compute)_\w+)", path.read_text())) for path in objects} == {flags}
 
 
 @pytest.mark.parametrize("asked", ["9.0", "90,100", "sm_90", "90;", "120", "90+ptx"])

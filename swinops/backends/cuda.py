@@ -50,8 +50,8 @@ def why_not(x: Tensor, op: str) -> str | None:
     if op in ATTENTION:
         if x.dtype not in DTYPES:
             return f"its window attention takes float32, float16 and bfloat16, not {x.dtype}"
-        if x.shape[-1] > 256:
-            return f"its window attention takes a head_dim up to 256, not {x.shape[-1]}"
+        if x.shape[-1] > 128:
+            return f"its window attention takes a head_dim up to 128, not {x.shape[-1]}"
     if op == "relative_position_bias" and x.dtype == torch.float64:
         return "its relative position bias sums in float32, which loses float64's precision"
     if op == "continuous_position_bias" and x.dtype not in DTYPES:
