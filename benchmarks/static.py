@@ -305,6 +305,11 @@ MOVES = {
     "WholeForwardKernel": Moves(3, 1, 1),
     "TiledForwardKernel": Moves(3, 1, 1),
     "WholeBackwardKernel": Moves(4, 3, 1),
+    "TiledBackwardKernel dq": Moves(5, 1, 2),
+    "TiledBackwardKernel dk": Moves(4, 1, 2),
+    "TiledBackwardKernel dv": Moves(4, 1, 2),
+    "TiledBackwardKernel dkdv": Moves(4, 2, 2),
+    "TiledBackwardKernel dbias": Moves(4, 0, 2),
     "CyclicShiftKernel": Moves(1, 1, 0),
 }
 
@@ -857,6 +862,14 @@ class Case(Call):
             groups = math.ceil(math.ceil(tokens / 16) / (threads // 32))
             copies = math.ceil(keys * width * getattr(torch, self.dtype).itemsize / WIDE / threads)
             turns = Turns(True, (groups, math.ceil(tokens / keys), copies))
+        elif name == "TiledBackwardKernel":
+            # the same, of queries or of keys; float32 takes the keys twice for dq; dbias is of one chunk a block
+            width, keys, kind = (int(number) for number in re.findall(r"\b\d+\b", launch.kernel)[:3])
+            groups, chunks = math.ceil(math.ceil(tokens / 16) / (threads // 32)), math.ceil(tokens / keys)
+            copies = math.ceil(keys * width * getattr(torch, self.dtype).itemsize / WIDE / threads)
+            passes = 2 if kind == 0 and self.dtype == "float32" else 1
+            turns = Turns(True, (groups * chunks, 1, copies) if kind == 4 else (groups, chunks * passes, copies))
+            name = f"{name} {('dq', 'dk', 'dv', 'dkdv', 'dbias')[kind]}"
         if self.op.startswith("relative_position_bias"):
             moved = (tokens**2 + (2 * self.window - 1) ** 2) * 4
         elif name in MOVES:

@@ -14,6 +14,7 @@ import torch
 
 from swinops import reference
 from swinops.backends import cuda
+from swinops.testing import attention_inputs, logit_scales
 
 from . import emulator
 
@@ -342,7 +343,38 @@ def sum_bias(library):
     return torch.equal(dtable, reference.relative_position_bias_backward(dbias, (7, 7)))
 
 
+def attend(library, window=(7, 7), cosine=False):
+    """Three windows and more a block, shifted and padded: the output and every gradient, near float64's."""
+    size = tuple(2 * m - 3 for m in window)
+    q, k, v, bias, pad_kv, dout = attention_inputs(size, window, batch=3, heads=1, head_dim=32, dtype=torch.float16)
+    learned = [logit_scales(1, device="cpu"), bias, pad_kv] if cosine else [bias, pad_kv]
+    settings = window, [m // 2 for m in window], *([] if cosine else [0.2]), "pad_roll", -100.0
+    name = "cosine_attention" if cosine else "window_attention"
+
+    def run(module, cast):
+        inputs = [cast(apart(x)) for x in (q, k, v, *learned)]
+        out, lse = getattr(module, name)(*inputs, *settings)
+        gradients = [torch.empty_like(x) for x in inputs]
+        getattr(module, f"{name}_backward")(cast(dout), *inputs, out, lse, *gradients, *settings)
+        return [out, *gradients]
+
+    with emulator.cuda_backend(library):
+        results = run(cuda, lambda x: x)
+    exact = run(reference, torch.Tensor.double)
+    return all((x - y).abs().max() < 0.05 * y.abs().max() for x, y in zip(results, exact, strict=True))
+
+
+def attend_cosine(library):
+    return attend(library, cosine=True)
+
+
+def attend_tiled(library):
+    return attend(library, window=(8, 10))
+
+
 # Which .cu is built again, the check that fails, the file that is changed, and how.
+WHOLE_BARRIER = "    __syncthreads();  // this window is there, and the other stage is free\n"
+CHUNK_BARRIER = "      __syncthreads();  // this chunk is there, and the other stage is free\n"
 FAULTS_OF_CSRC = [
     ("cyclic_shift.cu", check, "cyclic_shift.cu", fault)
     for check, fault in (
@@ -364,6 +396,36 @@ FAULTS_OF_CSRC = [
         ),
         (sum_bias, Fault("if (offset > 0) store", "store", "bytes before argument 1|race: write")),
     )
+]
+FAULTS_OF_CSRC += [
+    ("window_attention.cu", attend, "attention_whole.cuh", fault)
+    for fault in (
+        Fault("    cp_async_wait<0>();\n", "", "cp_async is under way"),
+        Fault(WHOLE_BARRIER, "", "race: |cp_async is under way"),
+        Fault("(current.cut & 2 ? apart[0] : 0)", "0", WRONG),
+    )
+]
+FAULTS_OF_CSRC += [
+    ("window_attention.cu", attend, "attention_whole_backward.cuh", fault)
+    for fault in (
+        Fault("    __syncthreads();  // pairs are there, and", "    // pairs are there, and", "race: "),
+        Fault("      __syncwarp();\n      T* const image", "      T* const image", "race: "),
+        Fault("exists[i] && !current.inside[i]) sums", "exists[i]) sums", WRONG),
+    )
+]
+FAULTS_OF_CSRC += [
+    (
+        "cosine_attention.cu",
+        attend_cosine,
+        "attention_whole_backward.cuh",
+        Fault(
+            "      __syncthreads();  // all have read the keys as they came",
+            "      // all have read the keys",
+            "race: ",
+        ),
+    ),
+    ("attention_tiled.cu", attend_tiled, "attention_tiled.cu", Fault(CHUNK_BARRIER, "", "race: |under way")),
+    ("attention_tiled.cu", attend_tiled, "attention_tiled.cu", Fault("        total[i] *= rescale;\n", "", WRONG)),
 ]
 
 
