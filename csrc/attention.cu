@@ -8,6 +8,11 @@ namespace {
 
 bool is_empty(const AttentionShape& s) { return s.batch == 0; }
 
+// Along an axis of one token, past which only pads lie, whatever stride the tensor has is 0.
+int64_t axis_stride(const AttentionShape& s, const int64_t* stride, int axis) {
+  return s.size[axis] > 1 ? stride[axis + 1] : 0;
+}
+
 bool is_valid(const AttentionShape& s) {
   if (s.batch < 0 || s.heads < 1 || s.heads > 65535 || s.head_dim < 1 || s.head_dim > 128) return false;
   int64_t tokens = 1, windows = s.batch;
@@ -19,13 +24,17 @@ bool is_valid(const AttentionShape& s) {
     if (tokens > (1 << 24)) return false;
     windows *= ceil_div(s.size[axis], s.window[axis]);
     if (windows > INT_MAX / 2) return false;
-    if (s.qkv_stride[axis + 1] < INT_MIN || s.qkv_stride[axis + 1] > INT_MAX) return false;
+    for (const int64_t* strides : {s.qkv_stride, s.dout_stride, s.grad_stride}) {
+      const int64_t stride = axis_stride(s, strides, axis);
+      if (stride < INT_MIN || stride > INT_MAX) return false;
+    }
   }
   return s.multiprocessors > 0;
 }
 
-Strides strides_of(const int64_t (&stride)[5]) {
-  return {stride[0], stride[4], {int(stride[1]), int(stride[2]), int(stride[3])}};
+Strides strides_of(const AttentionShape& s, const int64_t (&stride)[5]) {
+  const auto axis = [&](int i) { return int(axis_stride(s, stride, i)); };
+  return {stride[0], stride[4], {axis(0), axis(1), axis(2)}};
 }
 
 // Whether chunks of 16 bytes of every row can be moved whole.
@@ -143,7 +152,7 @@ cudaError_t attention(const AttentionInputs& inputs, void* out, float* lse, cons
   a.out = out;
   a.lse = lse;
   a.geometry = Geometry(s);
-  a.strides = strides_of(s.qkv_stride);
+  a.strides = strides_of(s, s.qkv_stride);
   a.scale_dtype = s.scale_dtype;
   a.bias_dtype = s.bias_dtype;
   a.vector = is_vector(s, s.qkv_stride, {inputs.q, inputs.k, inputs.v, inputs.pad_kv, out});
@@ -178,9 +187,9 @@ cudaError_t attention_backward(const void* dout, const AttentionInputs& inputs, 
   a.dk = gradients.dk;
   a.dv = gradients.dv;
   a.geometry = Geometry(s);
-  a.strides = strides_of(s.qkv_stride);
-  a.dout_strides = strides_of(s.dout_stride);
-  a.grad_strides = strides_of(s.grad_stride);
+  a.strides = strides_of(s, s.qkv_stride);
+  a.dout_strides = strides_of(s, s.dout_stride);
+  a.grad_strides = strides_of(s, s.grad_stride);
   a.scale = s.scale;
   a.scale_dtype = s.scale_dtype;
   a.bias_dtype = s.bias_dtype;

@@ -102,6 +102,7 @@ CASES = {
     "heads first": Case((5, 4), (4, 4), (2, 2), layout="heads first"),
     "last stride not 1": Case((5, 4), (4, 4), (2, 2), layout="last stride not 1"),
     "expanded": Case((4, 4), (4, 4), (2, 2), batch=2, layout="expanded"),
+    "odd stride of one row": Case((1, 7), (4, 4), (2, 2), layout="odd stride of one"),
     "each its own strides": Case((5, 4), (4, 4), (2, 2), layout="each its own"),
     "scale": Case((4, 4), (4, 4), (2, 2), scale=0.7),
     "mask_value": Case((4, 8), (4, 4), (2, 2), mask_value=-1.5),
@@ -123,6 +124,8 @@ def lay_out(x, layout):
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "expanded":
         return x[:1].expand(x.shape)
+    if layout == "odd stride of one":  # what torch takes for contiguous: no step is ever made along that axis
+        return x.as_strided(x.shape, [1 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)])
     return x
 
 
