@@ -13,8 +13,8 @@ struct WholeForward {
   using Math = HalfMath<T, 32>;
   static constexpr int kWarps = ceil_div(kKeyTiles, 2);
   static constexpr int kThreads = kWarp * kWarps;
-  // on a multiprocessor: cosine attention would spill 128 registers
-  static constexpr int kBlocks = (kCosine ? 12 : 16) / kWarps;
+  // on a multiprocessor: cosine attention and 64 keys would spill 128 registers
+  static constexpr int kBlocks = (kCosine || kKeyTiles > 7 ? 12 : 16) / kWarps;
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kTile = kRows * Math::Rows::kStride;  // elements
   static constexpr int kStage = 3 * kTile;

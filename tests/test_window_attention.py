@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import swinops
 from swinops import reference, window_attention, window_attention_qkvpacked
+from swinops.backends import MODULES, why_not
 from swinops.testing import (
     accuracy,
     assert_accurate,
@@ -193,6 +194,26 @@ def test_backward_matches_reference(case, dtype, backend, device):
     case = CASES[case]
     for pad_order in case.pad_orders:
         assert_op_accurate(*run(case, dtype, device, backend, pad_order))
+
+
+@pytest.mark.parametrize("case", ["49 tokens", "72 tokens, ragged"])
+def test_backward_takes_the_forward_of_any_backend(case, backend, device):
+    """ "auto" may choose one kernel for each: what forward leaves for backward means the same to all."""
+    case = CASES[case]
+    q, k, v, bias, pad_kv, dout = case.inputs(torch.float16, device)
+    inputs, settings = (q, k, v, bias, pad_kv), case.settings("pad_roll")
+    exact = differentiate(
+        lambda **named: reference.window_attention(*named.values(), *settings)[0],
+        dict(zip(("q", "k", "v", "bias", "pad_kv"), (x.double() for x in inputs), strict=True)),
+        dout.double(),
+    )
+    names = list(exact)[1:]
+    for forward in [name for name in MODULES if why_not(name, q, OP) is None]:
+        out, lse = torch.ops.swinops.window_attention(*inputs, *settings, forward)
+        grads = torch.ops.swinops.window_attention_backward(dout, out, lse, [True] * 2, *inputs, *settings, backend)
+        for name, x in zip(names, grads, strict=True):
+            error, size = (x.double() - exact[name]).abs().max(), exact[name].abs().max()
+            assert error <= 0.01 * size, (forward, name)  # an lse in other units is off by far more
 
 
 @pytest.mark.parametrize("case", ["unequal windows", "ragged", "one shifted window", "shift larger than the map",
