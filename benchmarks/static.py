@@ -314,35 +314,23 @@ MOVES = {
 }
 
 
-class Extension:
-    """swinops._C as it would be on a device of an architecture, which records launches in place of making them."""
-
-    def __init__(self, arch: int) -> None:
-        self.native = nvcc.extension().module
-        self.device = DEVICES[arch]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.native, name)
-
-    def AttentionShape(self, **sizes: Any) -> Any:
-        sizes |= {"multiprocessors": self.device.multiprocessors, "shared_bytes": self.device.block_shared}
-        return self.native.AttentionShape(**sizes)
-
-
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[None]:
     """Within, the CUDA backend takes CPU tensors, and its launches can be recorded."""
-    before = cuda.extension, cuda.launching
-    extension = Extension(arch)
+    before = cuda.extension, cuda.launching, cuda.limits
+    extension, device = nvcc.extension().module, DEVICES[arch]
     replaced: dict[str, Any] = {
         "extension": lambda: (extension, None),
         "launching": lambda op, **tensors: contextlib.nullcontext(0),
+        "limits": lambda _: (device.multiprocessors, device.block_shared),
     }
+    cuda.attention_shape.cache_clear()  # it holds those of the last architecture
     vars(cuda).update(replaced)
     try:
         yield
     finally:
         vars(cuda).update(zip(replaced, before, strict=True))
+        cuda.attention_shape.cache_clear()
 
 
 TENSOR_CORE = re.compile(r"[HIDBQO]G?MMA$|UTC\w*MMA$")

@@ -16,7 +16,6 @@ enum class Sum { kDq, kDk, kDv, kDkDv, kDbias };
 struct TiledArguments : BackwardArguments {
   float *delta, *norm;  // [B, D, H, W, heads]: sum_j p dp, and what makes the probabilities sum to one
   int groups;           // blocks that share a window's rows
-  bool ahead;           // there is room for two chunks: the next is copied while one computes
   bool normed;          // a pass of its own sums delta and norm, which are else those of `out` and 1
 };
 
@@ -27,8 +26,8 @@ struct BackwardShared {
   static constexpr int kRow = Math::Rows::kStride * sizeof(T);
   static constexpr int kWidth = Math::Rows::kChunks * Math::Rows::kElements;
 
-  static int bytes(int warps, int stages, int tokens) {
-    const int rows = 2 * 16 * warps * kRow, chunks = stages * 2 * kKeys * kRow,
+  static int bytes(int warps, int tokens) {
+    const int rows = 2 * 16 * warps * kRow, chunks = 2 * 2 * kKeys * kRow,
               stats = (2 * 3 + 1) * kKeys * int(sizeof(float));
     const int sides = ceil_div(tokens, kKeys) * kKeys * int(sizeof(int)),
               pads = warps * 2 * kWidth * int(sizeof(float));
@@ -61,8 +60,7 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
   const int rows_size = 16 * warps * kStride, chunk_size = kKeys * kStride;  // elements
   T* const rows = reinterpret_cast<T*>(shared);
   T* const stages = rows + 2 * rows_size;
-  float* const stats =
-      reinterpret_cast<float*>(stages + (a.ahead ? 4 : 2) * chunk_size);  // two stages' lse, delta, norm of queries
+  float* const stats = reinterpret_cast<float*>(stages + 4 * chunk_size);  // two stages' lse, delta, norm of queries
   float* const lengths = stats + 2 * 3 * kKeys;  // one over those of a chunk's first tensor, of cosine attention
   int* const sides = reinterpret_cast<int*>(lengths + kKeys);
   float* const pads = reinterpret_cast<float*>(sides + chunks * kKeys) + warp * 2 * kWidth;
@@ -176,17 +174,16 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
     }
 
     for (int turn = 0; turn < turns; ++turn) {
-      const int stage = a.ahead ? turn % 2 : 0, chunk = first_chunk + turn % chunks;
+      const int stage = turn % 2, chunk = first_chunk + turn % chunks;
       cp_async_wait<0>();
       __syncthreads();  // this chunk is there, and the other stage is free
       T* const columns = stages + stage * 2 * chunk_size;
-      const int start = (turn + 1) % chunks * kKeys, next_stage = a.ahead ? stage ^ 1 : 0;
-      const auto load_next = [&] {
-        load(!kQueries, b, place, start, kKeys, stages + next_stage * 2 * chunk_size, chunk_size);
+      if (turn + 1 < turns) {
+        const int start = (turn + 1) % chunks * kKeys;
+        load(!kQueries, b, place, start, kKeys, stages + (stage ^ 1) * 2 * chunk_size, chunk_size);
         cp_async_commit();
         load_stats(start);
-      };
-      if (a.ahead && turn + 1 < turns) load_next();
+      }
       if (cosine) {
         measure<Math>(columns, kKeys, lengths);
         if (turn == 0) {
@@ -266,13 +263,7 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
           delta[i] = quad_sum(delta[i]) * norm[i];
         }
       }
-      if (turn + 1 < turns) {
-        if (!a.ahead) {
-          __syncthreads();  // this chunk is done with
-          load_next();
-        }
-        store_stats(next_stage);
-      }
+      if (turn + 1 < turns) store_stats(stage ^ 1);
     }
 
     if (kSum == Sum::kDq && t == 0) {
@@ -390,7 +381,7 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
 
 // How the blocks of a call share rows.
 struct Blocks {
-  int warps, groups, chunks, stages, shared, per_multiprocessor;
+  int warps, groups, chunks, shared, per_multiprocessor;
 };
 
 template <class Math, int kKeys>
@@ -398,16 +389,10 @@ Blocks share(const Geometry& geometry, const AttentionShape& s) {
   using Shared = BackwardShared<Math, kKeys>;
   const int tiles = ceil_div(geometry.tokens, 16);
   const auto even = [&](int most) { return ceil_div(tiles, ceil_div(tiles, most)); };
-  const auto bytes = [&](int warps, int stages) { return Shared::bytes(warps, stages, geometry.tokens); };
-  int warps = even(kBackwardWarps), stages = 2;
-  while (warps > 1 && bytes(warps, stages) > s.shared_bytes) warps = even(warps - 1);
-  if (bytes(warps, stages) > s.shared_bytes) stages = 1;
-  const int shared = bytes(warps, stages);
-  return {warps,
-          ceil_div(tiles, warps),
-          ceil_div(geometry.tokens, kKeys),
-          stages,
-          shared,
+  int warps = even(kBackwardWarps);
+  while (warps > 1 && Shared::bytes(warps, geometry.tokens) > s.shared_bytes) warps = even(warps - 1);
+  const int shared = Shared::bytes(warps, geometry.tokens);
+  return {warps, ceil_div(tiles, warps), ceil_div(geometry.tokens, kKeys), shared,
           std::clamp(s.shared_bytes / shared, 1, 4)};
 }
 
@@ -450,10 +435,10 @@ struct Launch {
   cudaError_t run() const {
     const Blocks blocks = share<Math, kKeys>(a.geometry, s);
     if (blocks.shared > s.shared_bytes) return cudaErrorInvalidValue;
-    // `out` is rounded: too much for float32, for dlogit_scale, whose terms are scores of up to 100, and for windows of
-    // one token, whose gradients of scores are 0
-    const bool normed = s.dtype == Dtype::kFloat32 || a.inputs.logit_scale || a.geometry.tokens == 1;
-    TiledArguments t{a, delta, norm, blocks.groups, blocks.stages == 2, normed};
+    // `out` is rounded: too much for float32, for dlogit_scale, whose terms are scores of up to 100, and where a window
+    // has few tokens, whose gradients of scores may all be near 0
+    const bool normed = s.dtype == Dtype::kFloat32 || a.inputs.logit_scale || a.geometry.tokens <= 64;
+    TiledArguments t{a, delta, norm, blocks.groups, normed};
     if (const cudaError_t error = launch<Math, kKeys, Sum::kDq>(t, blocks)) return error;
     if constexpr (BackwardShared<Math, kKeys>::kWidth * sizeof(typename Math::Element) <= 128) {
       if (const cudaError_t error = launch<Math, kKeys, Sum::kDkDv>(t, blocks)) return error;

@@ -52,6 +52,8 @@ def why_not(x: Tensor, op: str) -> str | None:
             return f"its window attention takes float32, float16 and bfloat16, not {x.dtype}"
         if x.shape[-1] > 128:
             return f"its window attention takes a head_dim up to 128, not {x.shape[-1]}"
+        if x.dim() > 1 and x.shape[-2] > 65535:
+            return f"its window attention takes up to 65,535 heads, not {x.shape[-2]}"
     if op == "relative_position_bias" and x.dtype == torch.float64:
         return "its relative position bias sums in float32, which loses float64's precision"
     if op == "continuous_position_bias" and x.dtype not in DTYPES:
@@ -375,10 +377,15 @@ def describe(
     """The extension's AttentionShape."""
     dtypes = [DTYPES[torch.float32 if x is None else x.dtype] for x in (q, logit_scale, bias)]
     strides = q.stride()[:-1], tuple(dout_stride), tuple(grad_stride)
-    device = q.device if q.is_cuda else None
     tf32 = q.dtype == torch.float32 and tf32_allowed()
     settings = tuple(window), tuple(shift), scale, pad_order == "roll_pad", mask_value
-    return attention_shape(extension()[0], tuple(q.shape), *strides, *dtypes, tf32, device, *settings)
+    return attention_shape(extension()[0], tuple(q.shape), *strides, *dtypes, tf32, q.device, *settings)
+
+
+def limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and bytes of shared memory that a block can have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(4096)
@@ -392,7 +399,7 @@ def attention_shape(
     scale_dtype: int,
     bias_dtype: int,
     tf32: bool,
-    device: torch.device | None,
+    device: torch.device,
     window: tuple[int, ...],
     shift: tuple[int, ...],
     scale: float,
@@ -407,12 +414,7 @@ def attention_shape(
         return (given[0], *(0,) * (3 - axes), *given[1:]) if given else (0,) * 5
 
     batch, *size, heads, head_dim = shape
-    # in the emulator two multiprocessors, so that blocks loop, as on a GPU, with the memory of the smallest
-    multiprocessors, shared_bytes = 2, 99 << 10
-    if device is not None:
-        properties = torch.cuda.get_device_properties(device)
-        multiprocessors = properties.multi_processor_count
-        shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    multiprocessors, shared_bytes = limits(device)
     return _C.AttentionShape(
         batch=batch,
         size=(*(1,) * (3 - axes), *size),

@@ -201,6 +201,8 @@ def cuda_backend(library: Library | None = None) -> Iterator[Library]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "extension", lambda: (library, None))
         patch.setattr(cuda, "address", address)
+        # two multiprocessors, so that blocks loop, as on a GPU, with the shared memory of the smallest
+        patch.setattr(cuda, "limits", lambda device: (2, 99 << 10))
         patch.setattr(cuda, "why_not", lambda x, *rest: why_not(OnGPU(x), *rest))
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
