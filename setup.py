@@ -82,9 +82,9 @@ class BuildExtension(build_ext):
         objects = Path(self.build_temp, "csrc")
         for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
+        codes = [flag for arch in archs for flag in gencode(arch)]
         flags = [
-            *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"),
-            *(flag for arch in archs for flag in gencode(arch)),
+            *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes),
             f'-DSWINOPS_ARCHS="{";".join(archs)}"',
             *(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))),
         ]
@@ -95,7 +95,8 @@ class BuildExtension(build_ext):
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(nvcc, commands))
         # the runtime goes into the library and stays hidden there: torch brings its own
-        nvcc([NVCC, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL", *compiled, "-o", str(library)])
+        link = [NVCC, "-shared", *codes, "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+        nvcc([*link, *compiled, "-o", str(library)])
 
 
 def nvcc(command: list[str]) -> None:

@@ -396,7 +396,8 @@ def test_copies_compute_their_own_bias():
         file.seek(0)
         copies = [copy.copy(attn), copy.deepcopy(attn), pickle.loads(pickle.dumps(attn))]
         copies.append(torch.load(file, weights_only=False))
-        assert len(pickle.dumps(attn)) == len(pickle.dumps(cold))
+        # a bias is 2 KB; torch writes addresses, whose digits differ
+        assert abs(len(pickle.dumps(attn)) - len(pickle.dumps(cold))) < 100
         assert all(each.cached_bias is None and not each.training for each in copies)
         assert all(torch.equal(each.position_bias(), bias) for each in copies)
         copies[1].cpb_mlp[0].bias.add_(1)
