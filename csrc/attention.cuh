@@ -121,9 +121,9 @@ struct Geometry {
     at[0] = 0;
 #pragma unroll
     for (int axis = kAxis; axis < 3; ++axis) {
-      const int p = place[axis] * window[axis] + local[axis];
-      at[axis] = p + shift[axis];
-      if (at[axis] >= wrap[axis]) at[axis] -= wrap[axis];
+      const int start = place[axis] * window[axis], p = start + local[axis];
+      const unsigned shifted = start + shift[axis] + local[axis];
+      at[axis] = int(min(shifted, shifted - wrap[axis]));  // where it is not reached the difference is above 2^31
       inside &= (roll_pad ? p : at[axis]) < size[axis];
     }
     return inside;
@@ -231,27 +231,35 @@ struct HalfMath {
   using Element = T;
   using Rows = Tile<T, kWidth>;
 
+  const unsigned lane_operand, lane_strip;  // in bytes
+
+  __device__ HalfMath()
+      : lane_operand(keep(unsigned(sizeof(T)) * Rows::chunk(threadIdx.x % 16, threadIdx.x % kWarp / 16))),
+        lane_strip(keep(unsigned(sizeof(T)) * Rows::chunk(threadIdx.x % 8, threadIdx.x % kWarp / 8))) {}
+
   // Address of this lane's row for a 16 x 16 matrix operand: rows from `row`, chunks `chunk` and `chunk` + 1.
-  __device__ static const T* operand(const T* x, int row, int chunk) {
-    const int lane = threadIdx.x % kWarp;
-    return x + Rows::chunk(row + lane % 16, chunk + lane / 16);
+  __device__ const T* operand(const T* x, int row, int chunk) const {
+    return advance(x, lane_operand) + Rows::chunk(row, chunk);
   }
 
   // Address of this lane's row for eight rows, chunks `chunk` to `chunk` + 3.
-  __device__ static const T* strip(const T* x, int row, int chunk) {
-    const int lane = threadIdx.x % kWarp;
-    return x + Rows::chunk(row + lane % 8, chunk + lane / 8);
+  __device__ const T* strip(const T* x, int row, int chunk) const {
+    return advance(x, lane_strip) + Rows::chunk(row, chunk);
   }
 
-  // The products of 16 rows with themselves have the sums on their diagonal.
-  __device__ static float2 squares(const T* x) {
+  // The products of 16 rows with themselves have the sums on their diagonal. Eight channels at a time: registers of one
+  // operand then serve as the other where they are.
+  __device__ float2 squares(const T* x) const {
     float low[4] = {}, high[4] = {};
 #pragma unroll
     for (int c = 0; c < Rows::kChunks; c += 2) {
       uint32_t a[4];
       ldmatrix(a, operand(x, 0, c));
-      mma<T>(low, a, a[0], a[2]);
-      mma<T>(high, a, a[1], a[3]);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        mma<T>(low, a[i], a[i + 1], a[i]);
+        mma<T>(high, a[i], a[i + 1], a[i + 1]);
+      }
     }
     const int lane = threadIdx.x % kWarp, g = lane / 4;
     const int diagonal = g * 4 + g / 2;
@@ -260,7 +268,7 @@ struct HalfMath {
   }
 
   template <int kTiles>
-  __device__ static void scores(float (&s)[kTiles][4], const T* q, const T* k) {
+  __device__ void scores(float (&s)[kTiles][4], const T* q, const T* k) const {
 #pragma unroll
     for (int c = 0; c < Rows::kChunks; c += 4) {
       uint32_t a[2][4];
@@ -277,8 +285,7 @@ struct HalfMath {
   }
 
   template <int kTiles>
-  __device__ static void weigh(float (&out)[kWidth / 8][4], float (&total)[2], const float (&p)[kTiles][4],
-                               const T* v) {
+  __device__ void weigh(float (&out)[kWidth / 8][4], float (&total)[2], const float (&p)[kTiles][4], const T* v) const {
     // the sums are products with ones: of what the values are weighed with, and in all lanes of a quad
     float sums[4] = {total[0], 0.f, total[1], 0.f};
     const uint32_t ones = pack<T>(1.f, 1.f);
@@ -311,7 +318,7 @@ struct HalfMath {
 
   // out[j] += pairs^T x for channels 8j to 8j + 7: of `pairs` [kRows, 16 columns], kStride apart, and kRows rows of x.
   template <int kRows, int kStride>
-  __device__ static void weigh_transposed(float (&out)[kWidth / 8][4], const T* pairs, const T* x) {
+  __device__ void weigh_transposed(float (&out)[kWidth / 8][4], const T* pairs, const T* x) const {
     const int lane = threadIdx.x % kWarp;
     pairs += (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8;
 #pragma unroll
@@ -340,7 +347,7 @@ struct FloatMath {
   using Element = float;
   using Rows = Tile<float, kWidth>;
 
-  __device__ static float2 squares(const float* x) {
+  __device__ float2 squares(const float* x) const {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     float sum[2] = {};
 #pragma unroll
@@ -354,7 +361,7 @@ struct FloatMath {
   }
 
   template <int kTiles>
-  __device__ static void scores(float (&s)[kTiles][4], const float* q, const float* k) {
+  __device__ void scores(float (&s)[kTiles][4], const float* q, const float* k) const {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll 2
     for (int c = 0; c < Rows::kChunks; c += kTf32 ? 2 : 1) {
@@ -386,8 +393,8 @@ struct FloatMath {
   }
 
   template <int kTiles>
-  __device__ static void weigh(float (&out)[kWidth / 8][4], float (&total)[2], const float (&p)[kTiles][4],
-                               const float* v) {
+  __device__ void weigh(float (&out)[kWidth / 8][4], float (&total)[2], const float (&p)[kTiles][4],
+                        const float* v) const {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     float sum[2] = {};
 #pragma unroll

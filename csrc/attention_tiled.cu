@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
   using Shared = TiledShared<Math, kKeys>;
   constexpr int kWidth = Rows::kChunks * Rows::kElements, kStride = Rows::kStride, kTiles = kKeys / 8;
   SWINOPS_DYNAMIC_SHARED(uint4, shared);
+  const Math math;
   const Geometry& geometry = a.geometry;
   const int tokens = geometry.tokens, chunks = ceil_div(tokens, kKeys);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -115,9 +116,9 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
       cp_async_commit();
 
       if (cosine) {
-        measure<Math>(keys, kKeys, lengths);
+        measure(math, keys, kKeys, lengths);
         if (chunk == 0) {
-          const float2 length = measure<Math>(rows);
+          const float2 length = measure(math, rows);
           row_scale[0] *= length.x;
           row_scale[1] *= length.y;
         }
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
       if (!active) continue;
 
       float s[kTiles][4] = {};
-      Math::scores(s, rows, keys);
+      math.scores(s, rows, keys);
       float new_top[2] = {top[0], top[1]};
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
           s[j][2 * i + 1] = exp2_fast(s[j][2 * i + 1] - base);
         }
       }
-      Math::weigh(out, total, s, keys + keys_size);
+      math.weigh(out, total, s, keys + keys_size);
     }
     if (!active) continue;
 

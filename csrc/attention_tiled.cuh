@@ -58,8 +58,8 @@ __device__ void copy_rows(T* tile, int tile_size, int rows, int first, const T* 
 // What scores of 16 rows are multiplied with to be cosines: one over the lengths of rows g and g + 8. Rows of float32
 // become directions in place and the factors 1; to directions of 16 bits rows would be rounded.
 template <class Math>
-__device__ float2 measure(typename Math::Element* x) {
-  const float2 squares = Math::squares(x);
+__device__ float2 measure(const Math& math, typename Math::Element* x) {
+  const float2 squares = math.squares(x);
   const float factor[2] = {inverse_length<typename Math::Element>(squares.x),
                            inverse_length<typename Math::Element>(squares.y)};
   if constexpr (!std::is_same_v<typename Math::Element, float>) return make_float2(factor[0], factor[1]);
@@ -71,10 +71,10 @@ __device__ float2 measure(typename Math::Element* x) {
 
 // The same of 16 rows after 16, by all warps of a block, with the factors left in shared memory.
 template <class Math>
-__device__ void measure(typename Math::Element* x, int rows, float* factors) {
+__device__ void measure(const Math& math, typename Math::Element* x, int rows, float* factors) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int r = 16 * warp; r < rows; r += blockDim.x / 2) {
-    const float2 factor = measure<Math>(x + r * Math::Rows::kStride);
+    const float2 factor = measure(math, x + r * Math::Rows::kStride);
     if (lane % 4 == 0) {
       factors[r + lane / 4] = factor.x;
       factors[r + lane / 4 + 8] = factor.y;

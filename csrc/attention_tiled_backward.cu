@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
   constexpr bool kQueries = kSum == Sum::kDq || kSum == Sum::kDbias;  // rows are queries
   constexpr bool kDk = kSum == Sum::kDk || kSum == Sum::kDkDv, kDv = kSum == Sum::kDv || kSum == Sum::kDkDv;
   SWINOPS_DYNAMIC_SHARED(uint4, shared);
+  const Math math;
   const Geometry& geometry = a.geometry;
   const int tokens = geometry.tokens, chunks = ceil_div(tokens, kKeys);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -185,12 +186,12 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
         load_stats(start);
       }
       if (cosine) {
-        measure<Math>(columns, kKeys, lengths);
+        measure(math, columns, kKeys, lengths);
         if (turn == 0) {
-          const float2 squares = Math::squares(own);
+          const float2 squares = math.squares(own);
           inverse[0] = inverse_or_zero<T>(squares.x);
           inverse[1] = inverse_or_zero<T>(squares.y);
-          const float2 factor = measure<Math>(own);
+          const float2 factor = measure(math, own);
           length[0] = factor.x;
           length[1] = factor.y;
           row_scale[0] *= length[0];
@@ -213,8 +214,8 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
 
       float p[kTiles][4] = {}, ds[kTiles][4] = {};
       if (active) {
-        Math::scores(p, own, columns);
-        Math::scores(ds, own_second, columns + chunk_size);
+        math.scores(p, own, columns);
+        math.scores(ds, own_second, columns + chunk_size);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const int column = 8 * j + 2 * t, token = chunk * kKeys + column;
@@ -253,8 +254,8 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
       }
       if (active) {
         float unused[2] = {};
-        if (summed) Math::weigh(sum[0], unused, ds, columns);
-        if (kDv) Math::weigh(sum[kSums - 1], unused, p, columns + chunk_size);
+        if (summed) math.weigh(sum[0], unused, ds, columns);
+        if (kDv) math.weigh(sum[kSums - 1], unused, p, columns + chunk_size);
       }
       if (kSum == Sum::kDq && turn == turns - chunks - 1) {
 #pragma unroll

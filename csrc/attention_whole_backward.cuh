@@ -1,15 +1,15 @@
 // Backward of window attention and cosine attention where a window of an image is at most 64 tokens.
 //
-// A block keeps one head and loops over windows, as forward does, and recomputes the probabilities. A warp owns 16 rows
-// of queries: their scores, their bias gradient, summed over the block's windows in registers, and dq. Probabilities
-// and gradients of scores then cross shared memory, and a warp makes dk and dv of the 16 keys at the same rows.
+// The probabilities are computed again. A warp owns 16 rows of queries: their scores, their bias gradient, summed over
+// the block's windows in registers, and dq. Probabilities and gradients of scores then cross shared memory, and a warp
+// makes dk and dv of the 16 keys at the same rows.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_whole.cuh"
 
 namespace swinops {
 
-template <class T, int kKeyTiles, bool kCosine>
+template <class T, int kKeyTiles, bool kCosine, bool kPadded>
 struct WholeBackward {
   using Math = HalfMath<T, 32>;
   static constexpr int kWarps = ceil_div(kKeyTiles, 2);
@@ -23,14 +23,15 @@ struct WholeBackward {
   static constexpr int kBiases = kWarps * kKeyTiles * kWarp;
   static constexpr int kShared =
       (2 * kStage + 2 * kPairs) * sizeof(T) + kBiases * sizeof(float4) + (kCosine ? kRows * sizeof(float) : 0);
-  static constexpr int kBlocks = kWarps == 1 ? 8 : 3;  // on a multiprocessor
+  // on a multiprocessor: with three, cosine attention would spill what it sums over pads
+  static constexpr int kBlocks = kWarps == 1 ? 8 : kCosine && kPadded ? 2 : 3;
 };
 
 template <class T, int kKeyTiles, bool kCosine, bool kPadded>
-__global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads,
-                                  WholeBackward<T, kKeyTiles, kCosine>::kBlocks)
+__global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine, kPadded>::kThreads,
+                                  WholeBackward<T, kKeyTiles, kCosine, kPadded>::kBlocks)
     WholeBackwardKernel(const BackwardArguments a) {
-  using Form = WholeBackward<T, kKeyTiles, kCosine>;
+  using Form = WholeBackward<T, kKeyTiles, kCosine, kPadded>;
   using Math = typename Form::Math;
   using Rows = typename Math::Rows;
   constexpr int kTile = Form::kTile, kStage = Form::kStage, kPairStride = Form::kPairStride;
@@ -39,96 +40,85 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
   T* const ds_pairs = p_pairs + Form::kPairs;
   float4* const biases = reinterpret_cast<float4*>(ds_pairs + Form::kPairs);
   float* const lengths = reinterpret_cast<float*>(biases + Form::kBiases);  // one over the keys', of cosine attention
+  const Math math;
   const Geometry& geometry = a.geometry;
   const int tokens = geometry.tokens;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int row = 16 * warp + g;  // the first of this lane's two; the other is 8 further
   const int head = blockIdx.y;
 
-  int local[2][3], side[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    geometry.locate<1>(row + 8 * i, local[i]);
-    side[i] = geometry.far_side(local[i]);
-  }
-  uint32_t apart[2] = {};  // by axis: a bit for each of this lane's pairs that the seam parts
+  const LaneRows<T, kPadded> rows(geometry, row);
+
 #pragma unroll
   for (int j = 0; j < kKeyTiles; ++j) {
-    const int column = 8 * j + 2 * t;
     biases[(warp * kKeyTiles + j) * kWarp + lane] =
-        bias_fragment(a.inputs.bias, a.bias_dtype, tokens, head, row, column);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int key[3];
-      geometry.locate<1>(column + i % 2, key);
-      const int parted = side[i / 2] ^ geometry.far_side(key);
-#pragma unroll
-      for (int axis = 0; axis < 2; ++axis) apart[axis] |= uint32_t(parted >> (axis + 1) & 1) << (4 * j + i);
-    }
+        bias_fragment(a.inputs.bias, a.bias_dtype, tokens, head, row, 8 * j + 2 * t);
   }
+  uint32_t apart[2];
+  rows.template parted<kKeyTiles>(apart);
   float scale = a.scale;
   if constexpr (kCosine) scale = head_scale(a.inputs.logit_scale, a.scale_dtype, head);
   const float score_scale = scale * kLog2E;
 
   const int channel = t * Rows::kElements;
-  const bool has_channel = channel < geometry.head_dim, has_pad = a.inputs.pad_kv != nullptr;
-  const bool exists[2] = {row < tokens, row + 8 < tokens};
-  const T* const pad = static_cast<const T*>(a.inputs.pad_kv) + int64_t(head) * geometry.head_dim + channel;
-  const T* const pad_v = pad + int64_t(geometry.heads) * geometry.head_dim;
+  const bool has_pad = a.inputs.pad_kv != nullptr;
+  const T* const pad_k = static_cast<const T*>(a.inputs.pad_kv) + int64_t(head) * geometry.head_dim + channel;
+  const T* const pad_v = pad_k + int64_t(geometry.heads) * geometry.head_dim;
+  const unsigned place = keep(unsigned(sizeof(T)) * Rows::chunk(row, t));
   const auto bytes = [](int64_t stride) { return unsigned(stride * sizeof(T)); };
 
   struct Window {
-    int b, cut;        // its image, and the axes along which the seam cuts it
-    bool inside[2];    // this lane's rows are tokens of the image
+    unsigned image;
+    uint32_t masked;   // of this lane's pairs
+    bool inside[2];    // its rows are no pads
     unsigned grad[2];  // where their gradients lie in the image, in bytes
     float lse[2];
   };
   // Start copying a window: q, k, v and dout.
-  const auto load = [&](int window, int stage) {
-    Window result;
-    int place[3];
-    result.b = geometry.find<1>(window, place);
-    result.cut = geometry.cut(place);
-    const int64_t start = result.b * a.strides.batch + head * a.strides.head + channel;
+  const auto load = [&](int window, unsigned stage) {
+    const auto found = rows.find(window, apart);
+    Window loaded{found.image, found.masked};
+    const int64_t start = found.image * a.strides.batch + (head * a.strides.head + channel);
     const T* const q = static_cast<const T*>(a.inputs.q) + start;
     const T* const k = static_cast<const T*>(a.inputs.k) + start;
     const T* const v = static_cast<const T*>(a.inputs.v) + start;
     const T* const dout =
-        static_cast<const T*>(a.dout) + (result.b * a.dout_strides.batch + head * a.dout_strides.head + channel);
-    const float* const lse = a.lse + int64_t(result.b) * geometry.size[1] * geometry.size[2] * geometry.heads + head;
+        static_cast<const T*>(a.dout) + (found.image * a.dout_strides.batch + head * a.dout_strides.head + channel);
+    const unsigned row_floats = geometry.heads, image_floats = geometry.size[1] * geometry.size[2] * row_floats;
+    const float* const lse = a.lse + (uint64_t(found.image) * image_floats + head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      int at[3];
-      const bool inside = geometry.find<1>(place, local[i], at) || !kPadded;
-      const unsigned from = at[1] * bytes(a.strides.axis[1]) + at[2] * bytes(a.strides.axis[2]);
-      const unsigned dout_from = at[1] * bytes(a.dout_strides.axis[1]) + at[2] * bytes(a.dout_strides.axis[2]);
-      T* const to = shared + stage * kStage + Rows::chunk(row + 8 * i, t);
-      const bool copied = exists[i] && has_channel;
+      const unsigned line = found.line[i], column = found.column[i];
+      const unsigned from = line * bytes(a.strides.axis[1]) + column * bytes(a.strides.axis[2]);
+      const unsigned dout_from = line * bytes(a.dout_strides.axis[1]) + column * bytes(a.dout_strides.axis[2]);
+      const bool inside = found.inside[i], copied = rows.exists[i] && rows.has_channel;
+      T* const to = advance(shared, place + stage) + Rows::chunk(8 * i, 0);
       cp_async(to, advance(q, from), inside && copied);
-      cp_async(to + kTile, inside ? advance(k, from) : pad, (inside || has_pad) && copied);
+      cp_async(to + kTile, inside ? advance(k, from) : pad_k, (inside || has_pad) && copied);
       cp_async(to + 2 * kTile, inside ? advance(v, from) : pad_v, (inside || has_pad) && copied);
       cp_async(to + 3 * kTile, advance(dout, dout_from), inside && copied);
-      result.inside[i] = inside && exists[i];
-      result.grad[i] = at[1] * bytes(a.grad_strides.axis[1]) + at[2] * bytes(a.grad_strides.axis[2]);
+      loaded.inside[i] = inside;
+      loaded.grad[i] = line * bytes(a.grad_strides.axis[1]) + column * bytes(a.grad_strides.axis[2]);
       // of what is no query the probabilities are zero
-      const unsigned token = (at[1] * geometry.size[2] + at[2]) * geometry.heads;
-      result.lse[i] = result.inside[i] ? *advance(lse, token * unsigned(sizeof(float))) : INFINITY;
+      const uint64_t token = line * geometry.size[2] + column;
+      loaded.lse[i] = inside && rows.exists[i] ? lse[token * row_floats] : INFINITY;
     }
     cp_async_commit();
-    return result;
+    return loaded;
   };
 
   float dbias[kKeyTiles][4] = {}, dlogit_scale = 0.f;
   float dpad[2][4][2] = {};  // of key and value: this lane's columns of every eight channels
-  int stage = 0;
-  Window next = load(blockIdx.x, 0);
+  unsigned stage = 0;        // in bytes
+  Window next = load(blockIdx.x, stage);
   for (int window = blockIdx.x; window < geometry.windows; window += gridDim.x) {
     const Window current = next;
     cp_async_wait<0>();
     __syncthreads();  // this window is there, and the other stage is free
-    if (window + int(gridDim.x) < geometry.windows) next = load(window + gridDim.x, stage ^ 1);
+    const unsigned other = kStage * unsigned(sizeof(T)) - stage;
+    if (window + int(gridDim.x) < geometry.windows) next = load(window + gridDim.x, other);
 
-    T* const q = shared + stage * kStage;
+    T* const q = advance(shared, stage);
     T* const k = q + kTile;
     T* const v = k + kTile;
     T* const dout = v + kTile;
@@ -136,7 +126,7 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
     float row_scale[2] = {score_scale, score_scale}, q_length[2], k_length[2];  // one over lengths
     float q_inverse[2], k_inverse[2];
     if constexpr (kCosine) {
-      const float2 k_squares = Math::squares(k + own), q_squares = Math::squares(q + own);
+      const float2 k_squares = math.squares(k + own), q_squares = math.squares(q + own);
       k_length[0] = inverse_length<T>(k_squares.x);
       k_length[1] = inverse_length<T>(k_squares.y);
       q_length[0] = inverse_length<T>(q_squares.x);
@@ -154,9 +144,7 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
       __syncthreads();
     }
     float p[kKeyTiles][4] = {}, ds[kKeyTiles][4] = {};
-    Math::scores(p, q + own, k);
-    const uint32_t masked = (current.cut & 2 ? apart[0] : 0) | (current.cut & 4 ? apart[1] : 0);
-    const bool any_masked = __any_sync(kWholeWarp, masked);
+    math.scores(p, q + own, k);
     float total[2] = {}, delta[2] = {};
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j) {
@@ -171,12 +159,12 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
         p[j][i] = p[j][i] * factor + bias[i];  // as forward rounds it
       }
     }
-    if (any_masked) {
+    if (__any_sync(kWholeWarp, current.masked)) {
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (masked >> (4 * j + i) & 1) p[j][i] += geometry.mask;
+          if (current.masked >> (4 * j + i) & 1) p[j][i] += geometry.mask;
         }
       }
     }
@@ -186,7 +174,7 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
       scale_rows<Rows>(k + own, k_length);
     }
     // scores of the gradient: dp = dout v^T
-    Math::scores(ds, dout + own, v);
+    math.scores(ds, dout + own, v);
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
@@ -221,7 +209,7 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
     }
     __syncthreads();  // pairs are there, and the values are free: gradients leave through their place
     float dx[4][4] = {}, unused[2] = {};
-    Math::weigh(dx, unused, ds, k);
+    math.weigh(dx, unused, ds, k);
 
     const auto write = [&](void* to, float factor, const T* unit, const float (&inverse)[2], float (*sums)[2]) {
 #pragma unroll
@@ -248,17 +236,19 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
               const float direction = to_float(unit[Rows::element(g + 8 * i, 8 * j + 2 * t + c)]);
               dx[j][2 * i + c] = (dx[j][2 * i + c] - along * direction) * inverse[i];
             }
-            if (kPadded && sums && exists[i] && !current.inside[i]) sums[j][c] += dx[j][2 * i + c];
+            if (kPadded && sums && rows.exists[i] && !current.inside[i]) sums[j][c] += dx[j][2 * i + c];
           }
           Math::store(v + own, g + 8 * i, 8 * j + 2 * t, dx[j][2 * i], dx[j][2 * i + 1]);
         }
       }
       __syncwarp();
-      T* const image = static_cast<T*>(to) + current.b * a.grad_strides.batch + head * a.grad_strides.head + channel;
+      T* const image =
+          static_cast<T*>(to) + (current.image * a.grad_strides.batch + head * a.grad_strides.head + channel);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 chunk = *reinterpret_cast<const uint4*>(v + own + Rows::chunk(g + 8 * i, t));
-        if (current.inside[i] && has_channel) *reinterpret_cast<uint4*>(advance(image, current.grad[i])) = chunk;
+        const uint4 chunk = *reinterpret_cast<const uint4*>(advance(v, place) + Rows::chunk(8 * i, 0));
+        const bool written = rows.exists[i] && rows.has_channel && (!kPadded || current.inside[i]);
+        if (written) *reinterpret_cast<uint4*>(advance(image, current.grad[i])) = chunk;
       }
       __syncwarp();
     };
@@ -269,13 +259,13 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
 #pragma unroll
         for (int i = 0; i < 4; ++i) dx[j][i] = 0.f;
       }
-      Math::template weigh_transposed<Form::kRows, kPairStride>(dx, pairs + 16 * warp, x);
+      math.template weigh_transposed<Form::kRows, kPairStride>(dx, pairs + 16 * warp, x);
     };
     transposed(ds_pairs, q);
     write(a.dk, scale, k + own, k_inverse, dpad[0]);
     transposed(p_pairs, dout);
     write(a.dv, 1.f, nullptr, k_inverse, dpad[1]);
-    stage ^= 1;
+    stage = other;
   }
 
   if (a.dbias) {
@@ -285,7 +275,7 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = 8 * j + 2 * t + i % 2;
-        if (exists[i / 2] && key < tokens) partial[(row + i / 2 * 8) * tokens + key] = dbias[j][i];
+        if (rows.exists[i / 2] && key < tokens) partial[(row + i / 2 * 8) * tokens + key] = dbias[j][i];
       }
     }
   }
@@ -327,17 +317,23 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine>::kThreads
 }
 
 // Blocks a head: each leaves one partial of the sums over windows.
+template <bool kCosine, bool kPadded>
+int whole_backward_programs(const Geometry& geometry, const AttentionShape& s) {
+  const int blocks = geometry.tokens <= 16   ? WholeBackward<half, 2, kCosine, kPadded>::kBlocks
+                     : geometry.tokens <= 56 ? WholeBackward<half, 7, kCosine, kPadded>::kBlocks
+                                             : WholeBackward<half, 8, kCosine, kPadded>::kBlocks;
+  return programs(geometry.windows, blocks, s.heads, s);
+}
+
 template <bool kCosine>
 int whole_backward_programs(const Geometry& geometry, const AttentionShape& s) {
-  const int blocks = geometry.tokens <= 16   ? WholeBackward<half, 2, kCosine>::kBlocks
-                     : geometry.tokens <= 56 ? WholeBackward<half, 7, kCosine>::kBlocks
-                                             : WholeBackward<half, 8, kCosine>::kBlocks;
-  return programs(geometry.windows, blocks, s.heads, s);
+  return geometry.padded ? whole_backward_programs<kCosine, true>(geometry, s)
+                         : whole_backward_programs<kCosine, false>(geometry, s);
 }
 
 template <class T, int kKeyTiles, bool kCosine, bool kPadded>
 cudaError_t launch_whole_backward(const BackwardArguments& a, int programs, cudaStream_t stream) {
-  using Form = WholeBackward<T, kKeyTiles, kCosine>;
+  using Form = WholeBackward<T, kKeyTiles, kCosine, kPadded>;
   const auto kernel = WholeBackwardKernel<T, kKeyTiles, kCosine, kPadded>;
   if (const cudaError_t error = allow_shared(kernel, Form::kShared)) return error;
   const dim3 grid(programs, a.geometry.heads);

@@ -82,6 +82,16 @@ __device__ inline bfloat16 from_float<bfloat16>(float x) {
 
 #ifndef SWINOPS_EMULATED
 
+// The same number, which the compiler does not compute anew where it is used.
+__device__ inline unsigned keep(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ inline int64_t keep(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // Two numbers as T, the first in the lower half.
 template <class T>
 __device__ uint32_t pack(float low, float high);

@@ -1,6 +1,6 @@
 // Cosine attention on windows of at most 64 tokens.
-#include "attention_whole.cuh"
 #include "attention_whole_backward.cuh"
+#include "attention_whole_forward.cuh"
 
 namespace swinops {
 

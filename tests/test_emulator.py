@@ -398,11 +398,11 @@ FAULTS_OF_CSRC = [
     )
 ]
 FAULTS_OF_CSRC += [
-    ("window_attention.cu", attend, "attention_whole.cuh", fault)
-    for fault in (
-        Fault("    cp_async_wait<0>();\n", "", "cp_async is under way"),
-        Fault(WHOLE_BARRIER, "", "race: |cp_async is under way"),
-        Fault("(current.cut & 2 ? apart[0] : 0)", "0", WRONG),
+    ("window_attention.cu", attend, file, fault)
+    for file, fault in (
+        ("attention_whole_forward.cuh", Fault("    cp_async_wait<0>();\n", "", "cp_async is under way")),
+        ("attention_whole_forward.cuh", Fault(WHOLE_BARRIER, "", "race: |cp_async is under way")),
+        ("attention_whole.cuh", Fault("(cut & 2 ? apart[0] : 0)", "0", WRONG)),
     )
 ]
 FAULTS_OF_CSRC += [

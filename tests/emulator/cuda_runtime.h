@@ -207,6 +207,9 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits;
 }
 
+inline unsigned keep(unsigned x) { return x; }
+inline int64_t keep(int64_t x) { return x; }
+
 // The fast functions take subnormal numbers for zeros and return none.
 inline float without_subnormals(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float exp2_fast(float x) { return without_subnormals(exp2f(x)); }
