@@ -450,6 +450,7 @@ struct ForwardArguments {
   bool vector;         // chunks of 16 bytes are aligned in memory
   bool bias_resident;  // tiled: the bias of a block's rows fits into shared memory
   int groups;          // tiled: blocks that share a window's rows
+  int stage_chunks;    // tiled: chunks of keys that are copied at once
 };
 
 // What the backward kernels take. Gradients that are sums over windows are left in partials, one for each of the

@@ -1,11 +1,14 @@
 // Forward of window attention and cosine attention for windows of any size, strides and head_dim.
 //
-// A block takes some rows of queries of one head's windows against their keys in chunks, the next of which is copied to
-// shared memory while this one computes, with a running maximum.
+// A block takes some rows of queries of one head's windows against their keys in chunks, with a running maximum. Shared
+// memory holds two stages of as many chunks as there is room for, at best all of a window's: while the block computes
+// with one the other is copied.
 #include "attention_tiled.cuh"
 
 namespace swinops {
 namespace {
+
+constexpr int kFewWarps = 8;  // that hide each other's waits, on a multiprocessor
 
 // What a block of the tiled kernel has in shared memory, in bytes.
 template <class Math, int kKeys>
@@ -14,15 +17,13 @@ struct TiledShared {
   static constexpr int kRow = Math::Rows::kStride * sizeof(T);
 
   __host__ __device__ static int rows(int warps) { return 2 * 16 * warps * kRow; }
-  __host__ __device__ static int keys() { return 2 * 2 * kKeys * kRow; }
-  __host__ __device__ static int lengths() { return kKeys * sizeof(float); }
+  // keys and values of a chunk, twice, and the keys' lengths
+  __host__ __device__ static int chunk() { return 2 * 2 * kKeys * kRow + kKeys * int(sizeof(float)); }
   __host__ __device__ static int sides(int tokens) { return ceil_div(tokens, kKeys) * kKeys * int(sizeof(int)); }
   __host__ __device__ static int bias(int warps, int tokens) {
     return warps * ceil_div(tokens, kKeys) * kKeys / 8 * kWarp * int(sizeof(float4));
   }
-  __host__ __device__ static int without_bias(int warps, int tokens) {
-    return rows(warps) + keys() + lengths() + sides(tokens);
-  }
+  __host__ __device__ static int without_bias(int warps, int tokens) { return rows(warps) + chunk() + sides(tokens); }
 };
 
 template <class Math, int kKeys>
@@ -41,13 +42,14 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
   const int row = first + 16 * warp + g;                 // of this lane's two, the other is 8 further
   const bool active = first + 16 * warp < tokens;
 
-  const int rows_size = 16 * warps * kStride, keys_size = kKeys * kStride;  // elements
+  const int stage_keys = a.stage_chunks * kKeys;
+  const int rows_size = 16 * warps * kStride, keys_size = stage_keys * kStride;  // elements
   T* const q_stages = reinterpret_cast<T*>(shared);
   T* const kv_stages = q_stages + 2 * rows_size;
   float4* const bias = reinterpret_cast<float4*>(kv_stages + 4 * keys_size);
   float* const lengths =
       reinterpret_cast<float*>(bias) + (a.bias_resident ? Shared::bias(warps, tokens) / sizeof(float) : 0);
-  int* const sides = reinterpret_cast<int*>(lengths + kKeys);
+  int* const sides = reinterpret_cast<int*>(lengths + stage_keys);
 
   for (int i = threadIdx.x; i < chunks * kKeys; i += blockDim.x) {
     int local[3];
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
   const auto load_keys = [&](int window, int start, T* stage) {
     int place[3];
     const int b = geometry.find(window, place);
-    copy_rows<Rows>(stage, keys_size, kKeys, start, kv, pad_kv, a.strides, geometry, head, b, place, a.vector);
+    copy_rows<Rows>(stage, keys_size, stage_keys, start, kv, pad_kv, a.strides, geometry, head, b, place, a.vector);
   };
 
   const int step = gridDim.x / a.groups;
@@ -101,29 +103,35 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
     q_stage ^= 1;
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {}, row_scale[2] = {scale, scale};
     float out[kWidth / 8][4] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      cp_async_wait<0>();
-      __syncthreads();  // this chunk is there, and the other stage is free
-      T* const keys = kv_stages + kv_stage * 2 * keys_size;
-      kv_stage ^= 1;
-      T* const ahead = kv_stages + kv_stage * 2 * keys_size;
-      if (chunk + 1 < chunks) {
-        load_keys(window, (chunk + 1) * kKeys, ahead);
-      } else if (window + step < geometry.windows) {
-        load_rows(window + step, q_stages + q_stage * rows_size);
-        load_keys(window + step, 0, ahead);
-      }
-      cp_async_commit();
-
-      if (cosine) {
-        measure(math, keys, kKeys, lengths);
-        if (chunk == 0) {
-          const float2 length = measure(math, rows);
-          row_scale[0] *= length.x;
-          row_scale[1] *= length.y;
+    T* stage = nullptr;
+    for (int chunk = 0, part = 0; chunk < chunks; ++chunk) {
+      if (part == 0) {
+        cp_async_wait<0>();
+        __syncthreads();  // this stage is there, and the other is free
+        stage = kv_stages + kv_stage * 2 * keys_size;
+        kv_stage ^= 1;
+        T* const ahead = kv_stages + kv_stage * 2 * keys_size;
+        if (chunk + a.stage_chunks < chunks) {
+          load_keys(window, chunk * kKeys + stage_keys, ahead);
+        } else if (window + step < geometry.windows) {
+          load_rows(window + step, q_stages + q_stage * rows_size);
+          load_keys(window + step, 0, ahead);
         }
-        __syncthreads();
+        cp_async_commit();
+
+        if (cosine) {
+          measure(math, stage, stage_keys, lengths);
+          if (chunk == 0) {
+            const float2 length = measure(math, rows);
+            row_scale[0] *= length.x;
+            row_scale[1] *= length.y;
+          }
+          __syncthreads();
+        }
       }
+      const T* const keys = stage + part * kKeys * kStride;
+      const float* const key_lengths = lengths + part * kKeys;
+      if (++part == a.stage_chunks) part = 0;
       if (!active) continue;
 
       float s[kTiles][4] = {};
@@ -136,7 +144,7 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
                                          : bias_fragment(a.inputs.bias, a.bias_dtype, tokens, head, row, column);
         const float biases[4] = {x.x, x.y, x.z, x.w};
         float2 key = make_float2(1.f, 1.f);
-        if (cosine) key = *reinterpret_cast<const float2*>(lengths + 8 * j + 2 * t);
+        if (cosine) key = *reinterpret_cast<const float2*>(key_lengths + 8 * j + 2 * t);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           s[j][i] = s[j][i] * (row_scale[i / 2] * (i % 2 ? key.y : key.x)) + biases[i];
@@ -197,20 +205,25 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
 template <class Math, int kKeys>
 cudaError_t launch(ForwardArguments a, const AttentionShape& s, cudaStream_t stream) {
   using Shared = TiledShared<Math, kKeys>;
-  const int tokens = a.geometry.tokens, tiles = ceil_div(tokens, 16);
-  const auto share = [&](int most) { return ceil_div(tiles, ceil_div(tiles, most)); };  // warps of a group
-  int warps = share(most_warps(kKeys));
-  while (warps > 1 && Shared::without_bias(warps, tokens) > s.shared_bytes) warps = share(warps - 1);
-  int64_t shared = Shared::without_bias(warps, tokens);
+  const int tokens = a.geometry.tokens, tiles = ceil_div(tokens, 16), chunks = ceil_div(tokens, kKeys);
+  // the least that split `n` into as many parts as parts of `most`
+  const auto share = [](int n, int most) { return ceil_div(n, ceil_div(n, most)); };
+  int warps = share(tiles, most_warps(kKeys));
+  while (warps > 1 && Shared::without_bias(warps, tokens) > s.shared_bytes) warps = share(tiles, warps - 1);
+  int shared = Shared::without_bias(warps, tokens);
   if (shared > s.shared_bytes) return cudaErrorInvalidValue;
   a.groups = ceil_div(tiles, warps);
   const int64_t bias = Shared::bias(warps, tokens);
   a.bias_resident = a.inputs.bias != nullptr && shared + bias <= s.shared_bytes;
   if (a.bias_resident) shared += bias;
+  // blocks of few warps share a multiprocessor
+  const int room = s.shared_bytes / std::max(1, kFewWarps / warps) - shared;
+  a.stage_chunks = share(chunks, std::clamp(1 + room / Shared::chunk(), 1, chunks));
+  shared += (a.stage_chunks - 1) * Shared::chunk();
 
   const auto kernel = TiledForwardKernel<Math, kKeys>;
   if (const cudaError_t error = allow_shared(kernel, shared)) return error;
-  const int blocks = std::clamp(s.shared_bytes / int(shared), 1, 4);
+  const int blocks = std::clamp(s.shared_bytes / shared, 1, 4);
   const dim3 grid(a.groups * programs(a.geometry.windows, blocks, s.heads * a.groups, s), s.heads);
   SWINOPS_LAUNCH(kernel, grid, dim3(kWarp * warps), shared, stream, a);
   return cudaGetLastError();

@@ -374,7 +374,7 @@ def attend_tiled(library):
 
 # Which .cu is built again, the check that fails, the file that is changed, and how.
 WHOLE_BARRIER = "    __syncthreads();  // this window is there, and the other stage is free\n"
-CHUNK_BARRIER = "      __syncthreads();  // this chunk is there, and the other stage is free\n"
+CHUNK_BARRIER = "        __syncthreads();  // this stage is there, and the other is free\n"
 FAULTS_OF_CSRC = [
     ("cyclic_shift.cu", check, "cyclic_shift.cu", fault)
     for check, fault in (
@@ -426,6 +426,7 @@ FAULTS_OF_CSRC += [
     ),
     ("attention_tiled.cu", attend_tiled, "attention_tiled.cu", Fault(CHUNK_BARRIER, "", "race: |under way")),
     ("attention_tiled.cu", attend_tiled, "attention_tiled.cu", Fault("        total[i] *= rescale;\n", "", WRONG)),
+    ("attention_tiled.cu", attend_tiled, "attention_tiled.cu", Fault("stage + part * kKeys * kStride", "stage", WRONG)),
 ]
 
 
