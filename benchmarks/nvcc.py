@@ -1,7 +1,8 @@
 """Builds csrc/ with nvcc so that it can be read without a GPU.
 
-The host's code is linked to a stand-in for the CUDA runtime, which reports launches in place of making them. A kernel
-is compiled when it is asked for, as the extension's build does it. Files are kept by content in a temporary folder.
+The host's code is linked to a stand-in for the CUDA runtime, which reports launches in place of making them, or does
+nothing where nobody asked for reports. A kernel is compiled when it is asked for, as the extension's build does it.
+Files are kept by content in a temporary folder.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -34,8 +36,8 @@ RUNTIME = r"""
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
-// symbol, demangled name, blocks, threads, bytes of dynamic shared memory
-using Report = void (*)(const char*, const char*, const unsigned*, const unsigned*, size_t);
+// symbol, demangled name, blocks, threads, bytes of dynamic shared memory, where the arguments lie
+using Report = void (*)(const char*, const char*, const unsigned*, const unsigned*, size_t, void**);
 
 static Report report;
 static dim3 next_grid, next_block;
@@ -71,10 +73,11 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   *grid = next_grid, *block = next_block, *shared = next_shared;
   return cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void**, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+  if (report == nullptr) return cudaSuccess;
   const char* symbol = kernels().at(kernel);
   char* name = abi::__cxa_demangle(symbol, nullptr, nullptr, nullptr);
-  report(symbol, name ? name : symbol, &grid.x, &block.x, shared);
+  report(symbol, name ? name : symbol, &grid.x, &block.x, shared, arguments);
   std::free(name);
   return cudaSuccess;
 }
@@ -122,19 +125,31 @@ def version() -> str | None:
 
 
 class Launch(NamedTuple):
-    """``kernel``: its demangled name; ``shared``: dynamic shared memory in bytes."""
+    """``kernel``: its demangled name; ``shared``: dynamic shared memory in bytes; ``integers``: arguments, in order."""
 
     symbol: str
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
+    integers: tuple[int, ...] = ()
 
 
 REPORT = ctypes.CFUNCTYPE(
     *(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint)),
-    ctypes.c_size_t,
+    *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)),
 )
+INTEGERS = {"int": ctypes.c_int, "long": ctypes.c_long}
+
+
+def integers(kernel: str, arguments: Any) -> Iterator[int]:
+    """Those among a kernel's arguments, of which its demangled name tells the types. ``arguments``: where each lies"""
+    name, before = kernel.replace("(anonymous namespace)", ""), ""
+    while name != before:  # without what is in angle brackets, the inner ones first
+        name, before = re.sub(r"<[^<>]*>", "", name), name
+    for i, kind in enumerate(name.partition("(")[2].rstrip(")").split(", ")):
+        if kind in INTEGERS:
+            yield INTEGERS[kind].from_address(arguments[i]).value
 
 
 class Library:
@@ -163,12 +178,17 @@ class Library:
         """What ``call`` launches."""
         launches: list[Launch] = []
 
-        def report(symbol: bytes, kernel: bytes, grid: Any, block: Any, shared: int) -> None:
-            launches.append(Launch(symbol.decode(), kernel.decode(), tuple(grid[:3]), tuple(block[:3]), shared))
+        def report(symbol: bytes, name: bytes, grid: Any, block: Any, shared: int, arguments: Any) -> None:
+            kernel = name.decode()
+            sizes = tuple(grid[:3]), tuple(block[:3]), shared
+            launches.append(Launch(symbol.decode(), kernel, *sizes, tuple(integers(kernel, arguments))))
 
         callback = REPORT(report)
         self.native.swinops_report_to(callback)
-        call()
+        try:
+            call()
+        finally:
+            self.native.swinops_report_to(None)
         return launches
 
     def assemble(self, symbol: str, arch: int) -> Path:

@@ -101,7 +101,8 @@ NORMS = tuple(NORM_VECTORS)
 OPS = (*ATTENTION, "window_partition", "window_merge", *BIAS, *NORMS)
 NORM_KERNELS = ("_norm_kernel", "_norm_backward_kernel")
 # read or written once a program, not once a window: left out of the bytes that must move for a window
-ONCE = {"logit_scale", "bias", "pad", "dlogit_scale", "dbias", "dpad"}
+PARTIALS = {"dlogit_scale", "dbias", "dpad"}  # of the Triton kernels, a program each; torch adds them up
+ONCE = {"logit_scale", "bias", "pad", *PARTIALS}
 
 
 class CompileOnly:
@@ -127,11 +128,16 @@ class CompileOnly:
 
 
 class Turns(NamedTuple):
-    """How often loops turn, by depth. ``persistent``: the outer one does ``items`` items in ``trips[0]`` turns."""
+    """How often loops turn, by depth. ``persistent``: the outer one does ``items`` items in ``trips[0]`` turns.
+
+    ``loads``: bytes that a lane loads in all turns of a loop that only reads, where these do not turn by ``trips``: the
+    compiler may have unrolled it, so that it turns less often and another takes what is left.
+    """
 
     persistent: bool
-    trips: tuple[int, ...]
+    trips: tuple[float, ...]
     items: float = 1
+    loads: int = 0
 
 
 class Launch:
@@ -145,6 +151,7 @@ class Launch:
     stages = 1
     tensor_memory = 0
     filled = 1.0  # part of the lanes that load
+    partials = 0  # bytes that torch moves to add up what the programs leave
 
     @property
     def programs(self) -> int:
@@ -155,7 +162,7 @@ class Launch:
         """None where it is not known."""
         raise NotImplementedError
 
-    def moved(self, items: int) -> int | None:
+    def moved(self, items: int) -> float | None:
         """Bytes that must move for one item; None where it is not known."""
         raise NotImplementedError
 
@@ -174,13 +181,13 @@ class CudaLaunch(Launch):
     warps: int
     shared: int
     loops: Turns | None
-    item_bytes: int | None
+    item_bytes: float | None
 
     @property
     def turns(self) -> Turns | None:
         return self.loops
 
-    def moved(self, items: int) -> int | None:
+    def moved(self, items: int) -> float | None:
         return self.item_bytes
 
 
@@ -200,21 +207,27 @@ class TritonLaunch(Launch):
         self.tensor_memory = getattr(metadata, "tmem_size", 0) or 0
         if self.name in NORM_KERNELS:  # the lanes past the last channel load nothing
             self.filled = self.arguments["C"] / self.arguments["BLOCK_C"]
+        if self.attention:
+            # each sum is written, then copied
+            self.partials = sum(x.nbytes + 3 * x[0].nbytes for n, x in self.tensors.items() if n in PARTIALS)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return {n.removesuffix("_ptr"): x for n, x in self.arguments.items() if isinstance(x, torch.Tensor)}
 
+    @property
+    def attention(self) -> bool:
+        return bool({"q", "k"} & self.tensors.keys())
+
     def moved(self, items: int) -> int:
-        attention = {"q", "k"} & self.tensors.keys()
-        return sum(x.nbytes for n, x in self.tensors.items() if n not in ONCE or not attention) // items
+        return sum(x.nbytes for n, x in self.tensors.items() if n not in ONCE or not self.attention) // items
 
     def accesses(self) -> list["Access"]:
         return accesses(self.compiled.asm["ptx"], self.pointers())
 
     @property
     def turns(self) -> Turns | None:
-        """Known for the package's kernels, but for one that has two loops side by side; None for others."""
+        """Known for the package's kernels; None for others."""
         tokens = math.prod(self.arguments.get("WINDOW", (1,)))
 
         def tiles(block: str) -> int:
@@ -236,6 +249,17 @@ class TritonLaunch(Launch):
             rows = self.arguments["table_ptr"].shape[0]
             blocks = (self.arguments["heads"], "BLOCK_H"), (rows, "BLOCK_R")
             return Turns(False, tuple(math.ceil(n / self.arguments[block]) for n, block in blocks))
+        if self.name == "_bias_kernel":
+            # over hidden units, of which each turn loads the same; then over the queries whose keys are in the window
+            loads = sum(access.width for access in self.accesses() if not access.store)
+            (height, width), block = self.arguments["WINDOW"], self.arguments["BLOCK_R"]
+            lines = [
+                min((first + block - 1) // (2 * width - 1) + 1, height) - max(first // (2 * width - 1) - height + 1, 0)
+                for first in range(0, block * self.grid[0], block)
+            ]
+            queries = [math.ceil(n * width / self.arguments["BLOCK_I"]) for n in lines]
+            units = math.ceil(self.arguments["hidden"] / self.arguments["BLOCK_K"])
+            return Turns(False, (sum(queries) / len(queries),), loads=units * loads)
         if self.name in NORM_KERNELS:
             length = self.arguments["length"]
             return Turns(True, (1,), length / math.ceil(length / self.arguments["BLOCK_M"]))
@@ -362,11 +386,6 @@ class Instruction(NamedTuple):
         return TENSOR_CORE.match(self.name) is not None
 
     @property
-    def hot(self) -> bool:
-        """What tells a loop over windows or tiles from one that waits."""
-        return self.tensor_core or self.name in GLOBAL_LOAD
-
-    @property
     def work(self) -> Counter["Kind"]:
         found: Counter[Kind] = Counter({"instruction": 1})
         if self.tensor_core:
@@ -377,7 +396,7 @@ class Instruction(NamedTuple):
         return found
 
 
-Kind = str | tuple[str, int]  # "instruction", "product", or a global "load" or "store" and its width
+Kind = str | tuple[str, int]  # "instruction", "product", "loop", or a global "load" or "store" and its width
 Work = Counter[Kind]
 
 
@@ -414,6 +433,7 @@ class Program:
                     self.blocks.append([])
         self.successors = [self._successors(i, labels) for i in range(len(self.blocks))]
         self.loops = self._loops()
+        self.products = any(x.tensor_core for x in self.instructions())
 
     def _successors(self, i: int, labels: dict[str, int]) -> set[int]:
         following = {i + 1} & set(range(len(self.blocks)))
@@ -466,6 +486,13 @@ class Program:
         """Those of a loop and the loops within it, or all that can be reached."""
         return [x for block in sorted(loop.blocks if loop else self.reachable) for x in self.blocks[block]]
 
+    def hot(self, loop: Loop) -> bool:
+        """Whether it is a loop over windows, tiles or elements, and none that waits."""
+        code = self.instructions(loop)
+        # beside products, a loop that only writes ends one of the others' turns
+        written = not self.products and any(x.name in GLOBAL_STORE for x in code)
+        return written or any(x.tensor_core or x.name in GLOBAL_LOAD for x in code)
+
     def nest(self) -> list[Loop]:
         """The hot loop and its inner one, and so on: at each depth the one with the most tensor-core instructions.
 
@@ -478,9 +505,7 @@ class Program:
 
         chain: list[Loop] = []
         while inner := [
-            loop
-            for loop in self.loops
-            if loop.parent is (chain[-1] if chain else None) and any(x.hot for x in self.instructions(loop))
+            loop for loop in self.loops if loop.parent is (chain[-1] if chain else None) and self.hot(loop)
         ]:
             heaviest = max(inner, key=weight)
             if chain and 2 * weight(heaviest)[0] < weight(chain[-1])[0]:
@@ -488,21 +513,42 @@ class Program:
             chain.append(heaviest)
         return chain
 
-    def way(self, loop: Loop | None, trips: Sequence[int], longest: bool) -> Work:
+    def turns(self, parent: Loop | None, trips: Sequence[float], loads: int) -> dict[Loop, float]:
+        """How often each loop turns that lies in ``parent`` and in none further in; the rest as for ``way``."""
+        loops = [loop for loop in self.loops if loop.parent is parent]
+        often = {loop: trips[0] if self.hot(loop) and trips else 1 for loop in loops}
+        sizes = {loop: size for loop in loops if (size := self.read(loop))} if loads else {}
+        ordered = sorted(set(sizes.values()), reverse=True)
+        for size in ordered:
+            turns, loads = divmod(loads, size) if size > ordered[-1] else (math.ceil(loads / size), 0)
+            often.update((loop, turns) for loop in sizes if sizes[loop] == size)
+        return often
+
+    def read(self, loop: Loop) -> int:
+        """Bytes that a lane loads in one turn of a loop that only reads, and has none that does inside; else 0."""
+        code = self.instructions(loop)
+        if any(x.name in GLOBAL_STORE for x in code) or any(x.parent is loop and self.hot(x) for x in self.loops):
+            return 0
+        return sum(x.width for x in code if x.name in GLOBAL_LOAD)
+
+    def way(self, loop: Loop | None, trips: Sequence[float], longest: bool, loads: int = 0) -> Work:
         """What a warp issues in one turn of a loop, or from entry to exit, on the longest way or the shortest.
 
         Of the ways that have tensor-core instructions, where there are any, and then the most 128-bit accesses: a turn
-        of a warp without rows is not counted, nor one that does not load the next window, as the last.
+        of a warp without rows is not counted, nor one that does not load the next window, as the last. Without
+        tensor cores, of those through the most loops, for the same reason.
 
-        ``trips``: how often the loops inside turn, by depth; a loop that only waits turns once.
+        ``trips``: how often the loops inside turn, by depth; a loop that only waits turns once. ``loads``: see Turns.
         """
         region = loop.blocks if loop else self.reachable
         start = loop.header if loop else 0
         inside = {block: inner for inner in self.loops if inner.parent is loop for block in inner.blocks}
+        often = self.turns(loop, trips, loads)
 
-        def rank(work: Work) -> tuple[int, ...]:
+        def rank(work: Work) -> tuple[float, ...]:
             length = work["instruction"]
-            return work["product"] > 0, wide(work, "load") + wide(work, "store"), length if longest else -length
+            access = wide(work, "load") + wide(work, "store")
+            return work["product"] > 0, access, work["loop"], length if longest else -length
 
         @functools.cache
         def ahead(block: int) -> Work | None:
@@ -510,10 +556,10 @@ class Program:
             if inner is None:
                 work, successors = sum((x.work for x in self.blocks[block]), Work()), self.successors[block]
             else:
-                hot = any(x.hot for x in self.instructions(inner))
-                turns = trips[0] if hot and trips else 1
-                turn = self.way(inner, trips[1:] if hot else (), longest)
-                work = Work({kind: turns * n for kind, n in turn.items()})
+                hot = self.hot(inner)
+                turn = self.way(inner, trips[1:] if hot else (), longest, loads)
+                work = Work({kind: often[inner] * n for kind, n in turn.items()})
+                work["loop"] += hot and not self.products
                 successors = {s for b in inner.blocks for s in self.successors[b]} - inner.blocks
             ends = start in successors if loop else not successors
             rest = [w for s in successors if s in region and s != start and (w := ahead(s)) is not None]
@@ -637,9 +683,10 @@ class Row:
     instructions: tuple[int, ...] | None  # a warp, for one item; of a norm, for one tile of rows
     issue_ns: tuple[float, ...] | None
     wide: tuple[int, int] | None  # bytes of 128-bit accesses for one item, loads and stores; of persistent kernels
-    bytes: int | None  # that must move for one item
+    bytes: float | None  # that must move for one item
     memory_ns: float | None
     bound: str
+    partials_ns: float = 0.0  # that the bytes take which torch moves to add up partials
     case: dict[str, Any] = field(default_factory=dict)
 
 
@@ -650,7 +697,9 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
     nest, turns = program.nest(), turns or launch.turns
     every = program.instructions()
     hot = program.instructions(nest[0]) if nest else every
-    total = sum((x.work for x in every), Work())
+    total, innermost = (
+        sum((x.work for x in code), Work()) for code in (every, program.instructions(nest[-1]) if nest else every)
+    )
     inside = turns.trips[len(nest) :] if turns and turns.persistent else ()
     inner = [program.way(nest[-1], inside, longest) for longest in (True, False)] if nest else [total, total]
     widths: dict[str, list[int]] = {}
@@ -661,17 +710,16 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
     shared = launch.shared + max(0, usage["SHARED"] - (SHARED_RESERVED if arch >= 90 else 0))
     most, limit = blocks_per_sm(arch, usage["REG"], shared, launch.warps, launch.tensor_memory)
     resident = min(most, math.ceil(launch.programs / device.multiprocessors))
-    hot_loads = by_width(inner[1], "load")
     issued = issue = moved_wide = None
     if turns is not None:
         if turns.persistent and nest:
-            ways = [program.way(nest[0], turns.trips[1:], longest) for longest in (True, False)]
+            ways = [program.way(nest[0], turns.trips[1:], longest, turns.loads) for longest in (True, False)]
             ways = [Work({kind: turns.trips[0] * n for kind, n in way.items()}) for way in ways]
-            issued = ways[0]["instruction"], ways[1]["instruction"]
+            issued = tuple(math.ceil(way["instruction"]) for way in ways)
             lanes = 32 * launch.warps / turns.items
             moved_wide = int(wide(ways[1], "load") * lanes), int(wide(ways[1], "store") * lanes)
         else:
-            ways = [program.way(None, turns.trips, longest) for longest in (True, False)]
+            ways = [program.way(None, turns.trips, longest, turns.loads) for longest in (True, False)]
             issued = tuple(math.ceil(way["instruction"] * launch.programs / items) for way in ways)
         rate = SCHEDULERS * device.multiprocessors * device.clock / 1e9
         issue = tuple(n * launch.warps / rate / turns.items for n in issued)
@@ -692,12 +740,13 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
         limited_by=limit,
         resident=resident,
         bytes_in_flight=int(
-            sum(width * n for width, n in hot_loads.items()) * 32 * launch.warps * resident * launch.filled
+            sum(width * n for width, n in by_width(inner[1], "load").items())
+            * (32 * launch.warps * resident * launch.filled)
         ),
         loads=by_width(total, "load"),
         stores=by_width(total, "store"),
-        hot_loads=hot_loads,
-        hot_stores=by_width(inner[1], "store"),
+        hot_loads=by_width(innermost, "load"),
+        hot_stores=by_width(innermost, "store"),
         accesses=widths,
         tensor_core=dict(Counter(x.name for x in every if x.tensor_core)),
         hot_loop=(inner[0]["instruction"], inner[1]["instruction"]) if nest else (0, 0),
@@ -707,6 +756,7 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
         bytes=moved,
         memory_ns=memory,
         bound="?" if issue is None or memory is None else "issue" if issue[0] >= memory else "memory",
+        partials_ns=launch.partials / items / device.bandwidth * 1e9,
     )
 
 
@@ -771,6 +821,7 @@ class Case(Call):
 
     heads = 3
     batch = 64
+    hidden = 512  # of the network of the continuous bias
 
     def __str__(self) -> str:
         parts = [f"sm_{self.arch} {self.op} window {self.window}"]
@@ -804,7 +855,7 @@ class Case(Call):
         elif self.op == "relative_position_bias_backward":
             launch(torch.empty(heads, tokens, tokens), window)
         elif self.op in CONTINUOUS_BIAS:
-            weights = torch.empty(512, 2), torch.empty(512), torch.empty(heads, 512)
+            weights = torch.empty(self.hidden, 2), torch.empty(self.hidden), torch.empty(heads, self.hidden)
             table = torch.empty((2 * self.window - 1) ** 2, heads)
             gradient = (torch.empty(heads, tokens, tokens), table) if self.op.endswith("backward") else ()
             launch(*gradient, *weights, window, window, True)
@@ -858,14 +909,58 @@ class Case(Call):
             passes = 2 if kind == 0 and self.dtype == "float32" else 1
             turns = Turns(True, (groups * chunks, 1, copies) if kind == 4 else (groups, chunks * passes, copies))
             name = f"{name} {('dq', 'dk', 'dv', 'dkdv', 'dbias')[kind]}"
-        if self.op.startswith("relative_position_bias"):
-            moved = (tokens**2 + (2 * self.window - 1) ** 2) * 4
-        elif name in MOVES:
+        elif name == "SumKernel" and self.op in ATTENTION:
+            # a warp adds every so manieth partial
+            partials, size = launch.integers
+            turns = Turns(False, (), loads=4 * math.ceil(partials / (threads // 32)))
+            moved = (partials + 1) * size * 4 / self.items
+        elif name == "CyclicShiftKernel":
+            # images of the batch that share a block, and four vectors of a line a thread
+            vectors = self.size * self.heads * self.head_dim * getattr(torch, self.dtype).itemsize // WIDE
+            images = math.ceil(self.batch / (launch.grid[1] * launch.block[2]))
+            turns = Turns(False, (images, math.ceil(vectors / (4 * launch.block[0]))))
+        elif self.op in BIAS:
+            turns, moved = self.bias_turns(name, launch), self.bias_bytes(name)
+        if name in MOVES:
             *tensors, floats = MOVES[name]
             moved = sum(tensors) * self.vector_bytes
             moved += floats * 4 * self.batch * self.size**2 * self.heads // self.items
         cubin = library.assemble(launch.symbol, self.arch).read_bytes()
         return CudaLaunch(name, cubin, launch.grid, math.ceil(threads / 32), launch.shared, turns, moved)
+
+    def bias_turns(self, name: str, launch: nvcc.Launch) -> Turns | None:
+        """Of the CUDA kernels of the position biases, which are called with float32 here."""
+        tokens, (x, y, _) = self.window**2, launch.block
+        if name == "ExpandKernel":
+            # threads y over a block's queries and x over vectors of keys; first they copy the rows that these share
+            vector = int(re.findall(r"\b\d+\b", launch.kernel)[0])
+            queries = math.ceil(tokens / launch.grid[0])
+            lines = self.window - 1 + (queries - 1) // self.window
+            rows = tokens + queries - 1 + lines * (self.window - 1)
+            trips = math.ceil(tokens / vector / x), math.ceil(queries / y)
+            return Turns(False, trips, loads=4 * math.ceil(rows / (x * y)))
+        if name == "SumKernel":
+            # threads y over the lines of a block, of which here is the mean
+            return Turns(False, (tokens / launch.grid[0] / y,), loads=4 * self.window)
+        if name == "TableKernel":
+            # a lane takes every 32nd hidden unit: three numbers, and its weights to eight heads
+            _, _, hidden = launch.integers
+            return Turns(False, (), loads=4 * (3 + 8) * math.ceil(hidden / 32))
+        if name == "WeightsKernel":
+            rows, heads, _ = launch.integers
+            return Turns(False, (math.ceil(heads / 8), math.ceil(rows / x)))
+        return None
+
+    def bias_bytes(self, name: str) -> float | None:
+        """What they move for a head."""
+        rows, network = (2 * self.window - 1) ** 2, (3 + self.heads) * self.hidden / self.heads
+        numbers = {
+            "ExpandKernel": rows + self.window**4,
+            "SumKernel": self.window**4 + rows * (2 if self.op in CONTINUOUS_BIAS else 1),
+            "TableKernel": network + rows,
+            "WeightsKernel": rows + 2 * network,
+        }
+        return numbers[name] * 4 if name in numbers else None
 
     @property
     def vector_bytes(self) -> int:

@@ -379,19 +379,28 @@ def test_static_rows_leave_measured_ones(tmp_path):
 
 
 def test_a_static_row_of_every_case(monkeypatch):
-    """Kernels run one after the other, each as long as memory takes or issue in most windows, its shorter way."""
+    """Kernels run one after the other, each as long as memory takes or issue in most windows, its shorter way.
+
+    Adding up partials of attention takes as long as their bytes, whoever does it.
+    """
     pytest.importorskip("triton")
     from swinops.benchmarks import choice as writer
 
     def measure(case):
-        issue = {"cuda": 1.0, "triton": 3.0}[case.backend]
-        kernels = ((2 * issue, issue), 2.0), (None, 0.5)
-        return [SimpleNamespace(kernel="a kernel", issue_ns=times, memory_ns=memory) for times, memory in kernels]
+        issue, partials = {"cuda": (1.0, 0.0), "triton": (3.0, 0.25)}[case.backend]
+        kernels = [kernel((2 * issue, issue), 2.0), kernel((1.0, 0.25), 0.5, partials)]
+        adds_up = case.backend == "cuda" and case.op == "window_attention_backward"
+        return kernels + [kernel((8.0, 8.0), 0.25, name="SumKernel")] * adds_up
+
+    def kernel(issue, memory, partials=0.0, name="a kernel"):
+        return SimpleNamespace(kernel=name, issue_ns=issue, memory_ns=memory, partials_ns=partials)
 
     monkeypatch.setattr(writer.static.Case, "measure", measure)
     monkeypatch.setattr(cuda, "OPS", ("window_attention", "relative_position_bias", "window_merge"))
     made = [writer.estimate(case) for case in writer.cases()]
-    assert {(each.cuda, each.triton) for each in made} == {(2.5, 3.5)}
+    for each in made:
+        backward = (each.op, each.direction) == ("window_attention", "backward")
+        assert (each.cuda, each.triton) == (2.75 if backward else 2.5, 3.75)
     found = {(each.op, each.direction, each.dtype, each.channels, each.unit) for each in made}
     assert len(made) == len(found) * 3 * 4  # architectures and windows
     dtypes, ways = ("bfloat16", "float16", "float32"), ("forward", "backward")
@@ -400,8 +409,7 @@ def test_a_static_row_of_every_case(monkeypatch):
         *(("relative_position_bias", way, "float32", 3, "ns a head") for way in ways),
         *(("window_merge", "forward", dtype, 96, "ns a window") for dtype in dtypes),
     }
-    kernels = [SimpleNamespace(kernel="a kernel", issue_ns=None, memory_ns=None)]
-    monkeypatch.setattr(writer.static.Case, "measure", lambda case: kernels)
+    monkeypatch.setattr(writer.static.Case, "measure", lambda case: [kernel(None, 2.0)])
     sentence = writer.estimate(next(iter(writer.cases())))
     assert sentence.startswith("no row for sm_80 ")
-    assert sentence.endswith("ValueError: neither the issue nor the memory time of a kernel is known")
+    assert sentence.endswith("ValueError: the issue or the memory time of a kernel is not known")
