@@ -117,14 +117,20 @@ struct Geometry {
   // Where a window's token lies along the image's axes; false for a pad.
   template <int kAxis = 0>
   __device__ bool find(const int (&place)[3], const int (&local)[3], int (&at)[3]) const {
+    const int shifted[3] = {local[0] + shift[0], local[1] + shift[1], local[2] + shift[2]};
+    return find_shifted<kAxis>(place, shifted, at);
+  }
+
+  // The same of a place in a window to which `shift` was added.
+  template <int kAxis = 0>
+  __device__ bool find_shifted(const int (&place)[3], const int (&shifted)[3], int (&at)[3]) const {
     bool inside = true;
     at[0] = 0;
 #pragma unroll
     for (int axis = kAxis; axis < 3; ++axis) {
-      const int start = place[axis] * window[axis], p = start + local[axis];
-      const unsigned shifted = start + shift[axis] + local[axis];
-      at[axis] = int(min(shifted, shifted - wrap[axis]));  // where it is not reached the difference is above 2^31
-      inside &= (roll_pad ? p : at[axis]) < size[axis];
+      const int p = place[axis] * window[axis] + shifted[axis];
+      at[axis] = int(min(unsigned(p), unsigned(p) - wrap[axis]));  // below wrap the difference is above 2^31
+      inside &= (roll_pad ? p - shift[axis] : at[axis]) < size[axis];
     }
     return inside;
   }

@@ -13,21 +13,31 @@ template <class T, bool kPadded>
 struct LaneRows {
   using Rows = Tile<T, 32>;
   const Geometry& geometry;
-  int local[2][3];
+  int shifted[2][3];  // places in a window, plus the shift
   bool exists[2], has_channel;
 
   __device__ LaneRows(const Geometry& geometry, int row)
       : geometry(geometry),
         exists{row < geometry.tokens, row + 8 < geometry.tokens},
         has_channel(int(threadIdx.x % 4) * Rows::kElements < geometry.head_dim) {
-    geometry.locate<1>(row, local[0]);
-    geometry.locate<1>(row + 8, local[1]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      geometry.locate<1>(row + 8 * i, shifted[i]);
+#pragma unroll
+      for (int axis = 1; axis < 3; ++axis) shifted[i][axis] = keep(unsigned(shifted[i][axis] + geometry.shift[axis]));
+    }
   }
 
   // By axis, a bit for each of this lane's pairs that the seam parts: bit 4j + i is element i of tile j.
   template <int kKeyTiles>
-  __device__ void parted(uint32_t (&apart)[2]) const {
-    const int side[2] = {geometry.far_side(local[0]), geometry.far_side(local[1])};
+  __device__ void parted(int row, uint32_t (&apart)[2]) const {
+    int side[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int local[3];
+      geometry.locate<1>(row + 8 * i, local);
+      side[i] = geometry.far_side(local);
+    }
     apart[0] = apart[1] = 0;
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j) {
@@ -58,7 +68,7 @@ struct LaneRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int at[3];
-      found.inside[i] = geometry.find<1>(place, local[i], at) || !kPadded;
+      found.inside[i] = geometry.find_shifted<1>(place, shifted[i], at) || !kPadded;
       found.line[i] = at[1];
       found.column[i] = at[2];
     }

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(WholeBackward<T, kKeyTiles, kCosine, kPadded>:
         bias_fragment(a.inputs.bias, a.bias_dtype, tokens, head, row, 8 * j + 2 * t);
   }
   uint32_t apart[2];
-  rows.template parted<kKeyTiles>(apart);
+  rows.template parted<kKeyTiles>(row, apart);
   float scale = a.scale;
   if constexpr (kCosine) scale = head_scale(a.inputs.logit_scale, a.scale_dtype, head);
   const float score_scale = scale * kLog2E;

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(WholeForward<T, kKeyTiles, kCosine>::kThreads,
     bias[j][0] = x.x, bias[j][1] = x.y, bias[j][2] = x.z, bias[j][3] = x.w;
   }
   uint32_t apart[2];
-  rows.template parted<kKeyTiles>(apart);
+  rows.template parted<kKeyTiles>(row, apart);
   float scale = geometry.scale;
   if constexpr (kCosine) scale = head_scale(a.inputs.logit_scale, a.scale_dtype, head) * kLog2E;
 
@@ -160,17 +160,19 @@ __global__ void __launch_bounds__(WholeForward<T, kKeyTiles, kCosine>::kThreads,
       }
     }
     __syncwarp();
-    T* const out_image =
+    T* const image =
         static_cast<T*>(a.out) + (uint64_t(current.image) * (image_floats * geometry.head_dim) + out_offset);
-    float* const lse_image = a.lse + (uint64_t(current.image) * image_floats + head);
+    float* const lse = a.lse + (uint64_t(current.image) * image_floats + head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint4 chunk = *reinterpret_cast<const uint4*>(advance(shared, place + stage) + Rows::chunk(8 * i, 0));
+      const float sum = top[i] + log2_fast(total[i]);
       const uint64_t token = current.token[i];
-      T* const to = out_image + token * (row_floats * geometry.head_dim);
+      T* const to = image + token * (row_floats * geometry.head_dim);
+      float* const sum_to = lse + token * row_floats;
       const bool inside = rows.exists[i] && (!kPadded || current.inside[i]);
       if (inside && rows.has_channel) *reinterpret_cast<uint4*>(to) = chunk;
-      if (inside && t == 0) lse_image[token * row_floats] = top[i] + log2_fast(total[i]);
+      if (inside && t == 0) *sum_to = sum;
     }
     stage = other;
   }
