@@ -73,8 +73,13 @@ def included(source: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+failures: dict[Path, str] = {}  # of this process: what does not build is not tried again by each test
+
+
 def once(target: Path, *command: str | Path) -> Path:
     """Make ``target`` by ``command -o target``, unless it is there. Other processes wait for the one that makes it."""
+    if target in failures:
+        raise RuntimeError(failures[target])
     target.parent.mkdir(mode=0o700, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -82,7 +87,8 @@ def once(target: Path, *command: str | Path) -> Path:
             partial = target.with_suffix(".partial")
             done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
+                failures[target] = f"{' '.join(map(str, command))}\n{done.stderr[:4000]}"
+                raise RuntimeError(failures[target])
             partial.rename(target)
     return target
 
