@@ -6,6 +6,8 @@
 namespace swinops {
 namespace {
 
+constexpr int kMaxTokens = 8192;  // of which every kernel's tables fit into 99 KB, the least that a block can have
+
 bool is_empty(const AttentionShape& s) { return s.batch == 0; }
 
 // Along an axis of one token, past which only pads lie, whatever stride the tensor has is 0.
@@ -21,7 +23,7 @@ bool is_valid(const AttentionShape& s) {
     // positions, shifted and padded, are counted in 32 bits
     if (int64_t(s.size[axis]) + 2 * int64_t(s.window[axis]) > INT_MAX) return false;
     tokens *= s.window[axis];
-    if (tokens > (1 << 24)) return false;
+    if (tokens > kMaxTokens) return false;
     windows *= ceil_div(s.size[axis], s.window[axis]);
     if (windows > INT_MAX / 2) return false;
     for (const int64_t* strides : {s.qkv_stride, s.dout_stride, s.grad_stride}) {

@@ -45,8 +45,8 @@ __all__ = [
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def why_not(x: Tensor, op: str) -> str | None:
-    """Why Triton cannot run ``op`` on tensors like ``x``, in a sentence; None where it can."""
+def why_not(x: Tensor, op: str, tokens: int = 0) -> str | None:
+    """Why Triton cannot run ``op`` on tensors like ``x``, in a sentence; None where it can. It takes any ``tokens``."""
     if x.device.type == "cpu" and not INTERPRETED:
         return "the tensor is on the CPU, where Triton runs only in its interpreter (TRITON_INTERPRET=1 at import)"
     if x.device.type not in ("cpu", "cuda"):

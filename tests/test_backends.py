@@ -26,14 +26,14 @@ ON_CUDA = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shap
 @pytest.mark.parametrize("name", backends.MODULES)
 def test_unavailable_backend_says_why(name, op, monkeypatch):
     """A backend asked for by name runs or raises: it is never replaced by another."""
-    stub = SimpleNamespace(why_not=lambda x, op: "it is a stub")
+    stub = SimpleNamespace(why_not=lambda x, op, tokens: "it is a stub")
     monkeypatch.setattr(backends, "module", {name: stub}.__getitem__)
     with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run {op}: it is a stub"):
         backends.resolve(name, torch.ones(1), op)
 
 
 def test_unavailable_backend_raises_from_the_op(monkeypatch):
-    monkeypatch.setattr(backends, "why_not", lambda name, x, op: "it is a stub")
+    monkeypatch.setattr(backends, "why_not", lambda name, x, op, tokens: "it is a stub")
     x = random_tensor((1, 4, 4, 1, 8), 0)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run window_attention: it is a stub"):
         window_attention(x, x, x, window_size=4, backend="triton")
@@ -53,7 +53,7 @@ def test_unknown_backend():
 
 def test_auto_lists_every_reason(rows, monkeypatch):
     """An op on a CUDA tensor never falls back to the reference in silence."""
-    monkeypatch.setattr(backends, "why_not", lambda name, x, op: f"no {name} today")
+    monkeypatch.setattr(backends, "why_not", lambda name, x, op, tokens: f"no {name} today")
     with pytest.raises(RuntimeError) as error:
         backends.resolve("auto", ON_CUDA, "window_attention")
     assert str(error.value) == (
@@ -90,7 +90,7 @@ def test_auto_takes_the_first_that_can(rows, monkeypatch):
     """The fastest by the row, or the next one; without a row in the order of MODULES."""
     assert (*choice.KERNELS, "reference") == tuple(backends.MODULES)
     reasons = {"cuda": None, "triton": None, "reference": None}
-    monkeypatch.setattr(backends, "why_not", lambda name, x, op: reasons[name])
+    monkeypatch.setattr(backends, "why_not", lambda name, x, op, tokens: reasons[name])
     monkeypatch.setattr(backends, "module", lambda name: name)
 
     def chosen(**arguments):
@@ -244,6 +244,58 @@ def test_triton_on_a_cpu_without_its_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "RuntimeError: backend 'triton' cannot run window_partition: the tensor is on the CPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "op, reason, changed",
+    [
+        ("window_attention", None, {}),
+        ("window_attention", None, {"tokens": 8192}),
+        ("layer_norm", "it has no CUDA kernel yet", {}),
+        ("window_partition", "they were not built", {"missing": "they were not built"}),
+        ("window_partition", "its kernels run on CUDA tensors, and this one is on cpu", {"device": "cpu"}),
+        (
+            "window_partition",
+            "its kernels need compute capability 8.0 or higher, and cuda:0 has 7.5",
+            {"capability": (7, 5)},
+        ),
+        (
+            "window_partition",
+            "swinops._C was built for compute capability 80;90, and cuda:0 has 10.0: install it again on this machine",
+            {"capability": (10, 0)},
+        ),
+        (
+            "cosine_attention",
+            "its window attention takes float32, float16 and bfloat16, not torch.float64",
+            {"dtype": torch.float64},
+        ),
+        ("cosine_attention", "its window attention takes a head_dim up to 128, not 129", {"shape": (1, 4, 4, 2, 129)}),
+        (
+            "window_attention",
+            "its window attention takes up to 65,535 heads, not 65536",
+            {"shape": (1, 4, 4, 65536, 8)},
+        ),
+        ("window_attention", "its window attention takes windows of up to 8,192 tokens, not 8,193", {"tokens": 8193}),
+        (
+            "relative_position_bias",
+            "its relative position bias sums in float32, which loses float64's precision",
+            {"dtype": torch.float64},
+        ),
+        (
+            "continuous_position_bias",
+            "its continuous position bias takes float32, float16 and bfloat16, not torch.float64",
+            {"dtype": torch.float64},
+        ),
+    ],
+)
+def test_cuda_says_what_it_cannot(op, reason, changed, monkeypatch):
+    call = {"missing": None, "device": "cuda:0", "capability": (8, 6), "dtype": torch.float16, "tokens": 49}
+    call |= {"shape": (1, 4, 4, 2, 32)} | changed
+    monkeypatch.setattr(cuda, "extension", lambda: (SimpleNamespace(archs="80;90"), call["missing"]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: call["capability"])
+    x = torch.empty(call["shape"], dtype=call["dtype"], device="meta")
+    stand_in = SimpleNamespace(device=torch.device(call["device"]), dtype=x.dtype, shape=x.shape, dim=x.dim)
+    assert backends.why_not("cuda", stand_in, op, call["tokens"]) == reason
 
 
 def test_cuda_on_a_cpu_tensor():

@@ -1,7 +1,7 @@
 """Which module runs a call, and why another cannot.
 
-A backend is a module with the reference's functions and signatures, and ``why_not(x, op)``: its reason, in a sentence,
-for not running ``op`` on a tensor like ``x``, or None.
+A backend is a module with the reference's functions and signatures, and ``why_not(x, op, tokens)``: its reason, in a
+sentence, for not running ``op`` on a tensor like ``x`` with windows of so many tokens, or None.
 """
 
 import importlib
@@ -25,13 +25,16 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name])
 
 
-def why_not(name: str, x: Tensor, op: str) -> str | None:
-    """Why backend ``name`` cannot run ``op`` on tensors like ``x``, in a sentence; None where it can."""
+def why_not(name: str, x: Tensor, op: str, tokens: int = 0) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on tensors like ``x``, in a sentence; None where it can.
+
+    ``tokens``: of a window, where that is known.
+    """
     try:
         backend = module(name)
     except ImportError as error:
         return f"{MODULES[name]} cannot be imported ({error})"
-    reason: str | None = backend.why_not(x, op)
+    reason: str | None = backend.why_not(x, op, tokens)
     return reason
 
 
@@ -46,7 +49,7 @@ def resolve(name: str, x: Tensor, op: str, tokens: int = 0, backward: bool = Fal
         RuntimeError: with every reason, where the backend asked for cannot run, or no kernel can run on a CUDA tensor.
     """
     if name != "auto":
-        reason = why_not(name, x, op)
+        reason = why_not(name, x, op, tokens)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}")
         return module(name)
@@ -54,7 +57,7 @@ def resolve(name: str, x: Tensor, op: str, tokens: int = 0, backward: bool = Fal
         return module("reference")
     reasons = []
     for kernel in choice.order(op, backward, x.device, x.dtype, tokens, x.shape[-1]):
-        reason = why_not(kernel, x, op)
+        reason = why_not(kernel, x, op, tokens)
         if reason is None:
             return module(kernel)
         reasons.append(f"{kernel}: {reason}")

@@ -32,8 +32,11 @@ def extension() -> tuple[Any, str | None]:
         return None, f"swinops._C cannot be loaded: {error}"
 
 
-def why_not(x: Tensor, op: str) -> str | None:
-    """Why this backend cannot run ``op`` on tensors like ``x``, in a sentence; None where it can."""
+def why_not(x: Tensor, op: str, tokens: int = 0) -> str | None:
+    """Why this backend cannot run ``op`` on tensors like ``x``, in a sentence; None where it can.
+
+    ``tokens``: of a window, where that is known.
+    """
     if op not in OPS:
         return "it has no CUDA kernel yet"
     _C, missing = extension()
@@ -54,6 +57,8 @@ def why_not(x: Tensor, op: str) -> str | None:
             return f"its window attention takes a head_dim up to 128, not {x.shape[-1]}"
         if x.dim() > 1 and x.shape[-2] > 65535:
             return f"its window attention takes up to 65,535 heads, not {x.shape[-2]}"
+        if tokens > 8192:
+            return f"its window attention takes windows of up to 8,192 tokens, not {tokens:,}"
     if op == "relative_position_bias" and x.dtype == torch.float64:
         return "its relative position bias sums in float32, which loses float64's precision"
     if op == "continuous_position_bias" and x.dtype not in DTYPES:
