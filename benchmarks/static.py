@@ -131,13 +131,18 @@ class Turns(NamedTuple):
     """How often loops turn, by depth. ``persistent``: the outer one does ``items`` items in ``trips[0]`` turns.
 
     ``loads``: bytes that a lane loads in all turns of a loop that only reads, where these do not turn by ``trips``: the
-    compiler may have unrolled it, so that it turns less often and another takes what is left.
+    compiler may have unrolled it, so that it turns less often and another takes what is left. ``fmas``: likewise the
+    multiply-adds of a loop of little else.
+
+    ``stage``: how often the loops in the innermost hot one turn when it copies, of which ``trips`` has the mean.
     """
 
     persistent: bool
     trips: tuple[float, ...]
     items: float = 1
     loads: int = 0
+    fmas: int = 0
+    stage: tuple[float, ...] | None = None
 
 
 class Launch:
@@ -362,6 +367,7 @@ BULK = {"UBLKCP", "UTMALDG", "UTMASTG"}
 GLOBAL_LOAD = {"LDG", "LDGSTS", "LD", "UBLKCP", "UTMALDG"}
 GLOBAL_STORE = {"STG", "ST", "UTMASTG"}
 LOCAL = {"LDL", "STL"}
+FMA = {"FFMA", "FFMA2"}
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
@@ -390,13 +396,15 @@ class Instruction(NamedTuple):
         found: Counter[Kind] = Counter({"instruction": 1})
         if self.tensor_core:
             found["product"] = 1
+        if self.name in FMA:
+            found["fma"] = 1
         for kind, names in (("load", GLOBAL_LOAD), ("store", GLOBAL_STORE)):
             if self.name in names:
                 found[kind, self.width] = 1
         return found
 
 
-Kind = str | tuple[str, int]  # "instruction", "product", "loop", or a global "load" or "store" and its width
+Kind = str | tuple[str, int]  # "instruction", "product", "fma", "loop", or a global "load" or "store" and its width
 Work = Counter[Kind]
 
 
@@ -494,14 +502,14 @@ class Program:
         return written or any(x.tensor_core or x.name in GLOBAL_LOAD for x in code)
 
     def nest(self) -> list[Loop]:
-        """The hot loop and its inner one, and so on: at each depth the one with the most tensor-core instructions.
+        """The hot loop and its inner one, and so on: at each depth the one with the most products.
 
-        To the depth that holds most of them: loops further in prepare what these multiply.
+        That is tensor-core instructions, or multiply-adds where there are none. To the depth that holds most of them: loops further in prepare what these multiply.
         """
 
         def weight(loop: Loop) -> tuple[int, int]:
             code = self.instructions(loop)
-            return sum(x.tensor_core for x in code), len(code)
+            return sum(x.tensor_core if self.products else x.name in FMA for x in code), len(code)
 
         chain: list[Loop] = []
         while inner := [
@@ -513,7 +521,7 @@ class Program:
             chain.append(heaviest)
         return chain
 
-    def turns(self, parent: Loop | None, trips: Sequence[float], loads: int) -> dict[Loop, float]:
+    def turns(self, parent: Loop | None, trips: Sequence[float], loads: int, fmas: int) -> dict[Loop, float]:
         """How often each loop turns that lies in ``parent`` and in none further in; the rest as for ``way``."""
         loops = [loop for loop in self.loops if loop.parent is parent]
         often = {loop: trips[0] if self.hot(loop) and trips else 1 for loop in loops}
@@ -522,6 +530,10 @@ class Program:
         for size in ordered:
             turns, loads = divmod(loads, size) if size > ordered[-1] else (math.ceil(loads / size), 0)
             often.update((loop, turns) for loop in sizes if sizes[loop] == size)
+        for loop in loops if fmas else ():
+            names = Counter(x.name in FMA for x in self.instructions(loop))
+            if not self.hot(loop) and names[True] > names[False]:
+                often[loop] = fmas / names[True]
         return often
 
     def read(self, loop: Loop) -> int:
@@ -531,24 +543,26 @@ class Program:
             return 0
         return sum(x.width for x in code if x.name in GLOBAL_LOAD)
 
-    def way(self, loop: Loop | None, trips: Sequence[float], longest: bool, loads: int = 0) -> Work:
+    def way(self, loop: Loop | None, trips: Sequence[float], longest: bool, loads: int = 0, fmas: int = 0) -> Work:
         """What a warp issues in one turn of a loop, or from entry to exit, on the longest way or the shortest.
 
         Of the ways that have tensor-core instructions, where there are any, and then the most 128-bit accesses: a turn
         of a warp without rows is not counted, nor one that does not load the next window, as the last. Without
-        tensor cores, of those through the most loops, for the same reason.
+        tensor cores, of those with the most multiply-adds and through the most loops, for the same reason.
 
-        ``trips``: how often the loops inside turn, by depth; a loop that only waits turns once. ``loads``: see Turns.
+        ``trips``: how often the loops inside turn, by depth; a loop that only waits turns once. ``loads``, ``fmas``:
+        see Turns.
         """
         region = loop.blocks if loop else self.reachable
         start = loop.header if loop else 0
         inside = {block: inner for inner in self.loops if inner.parent is loop for block in inner.blocks}
-        often = self.turns(loop, trips, loads)
+        often = self.turns(loop, trips, loads, fmas)
 
         def rank(work: Work) -> tuple[float, ...]:
             length = work["instruction"]
             access = wide(work, "load") + wide(work, "store")
-            return work["product"] > 0, access, work["loop"], length if longest else -length
+            products = work["product"] > 0 if self.products else work["fma"]
+            return products, access, work["loop"], length if longest else -length
 
         @functools.cache
         def ahead(block: int) -> Work | None:
@@ -557,7 +571,7 @@ class Program:
                 work, successors = sum((x.work for x in self.blocks[block]), Work()), self.successors[block]
             else:
                 hot = self.hot(inner)
-                turn = self.way(inner, trips[1:] if hot else (), longest, loads)
+                turn = self.way(inner, trips[1:] if hot else (), longest, loads, fmas)
                 work = Work({kind: often[inner] * n for kind, n in turn.items()})
                 work["loop"] += hot and not self.products
                 successors = {s for b in inner.blocks for s in self.successors[b]} - inner.blocks
@@ -700,7 +714,7 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
     total, innermost = (
         sum((x.work for x in code), Work()) for code in (every, program.instructions(nest[-1]) if nest else every)
     )
-    inside = turns.trips[len(nest) :] if turns and turns.persistent else ()
+    inside = (turns.stage or turns.trips[len(nest) :]) if turns and turns.persistent else ()
     inner = [program.way(nest[-1], inside, longest) for longest in (True, False)] if nest else [total, total]
     widths: dict[str, list[int]] = {}
     for access in launch.accesses():
@@ -713,13 +727,15 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
     issued = issue = moved_wide = None
     if turns is not None:
         if turns.persistent and nest:
-            ways = [program.way(nest[0], turns.trips[1:], longest, turns.loads) for longest in (True, False)]
+            ways = [
+                program.way(nest[0], turns.trips[1:], longest, turns.loads, turns.fmas) for longest in (True, False)
+            ]
             ways = [Work({kind: turns.trips[0] * n for kind, n in way.items()}) for way in ways]
             issued = tuple(math.ceil(way["instruction"]) for way in ways)
             lanes = 32 * launch.warps / turns.items
-            moved_wide = int(wide(ways[1], "load") * lanes), int(wide(ways[1], "store") * lanes)
+            moved_wide = round(wide(ways[1], "load") * lanes), round(wide(ways[1], "store") * lanes)
         else:
-            ways = [program.way(None, turns.trips, longest, turns.loads) for longest in (True, False)]
+            ways = [program.way(None, turns.trips, longest, turns.loads, turns.fmas) for longest in (True, False)]
             issued = tuple(math.ceil(way["instruction"] * launch.programs / items) for way in ways)
         rate = SCHEDULERS * device.multiprocessors * device.clock / 1e9
         issue = tuple(n * launch.warps / rate / turns.items for n in issued)
@@ -896,18 +912,24 @@ class Case(Call):
         if name in ("WholeForwardKernel", "WholeBackwardKernel"):
             turns = Turns(True, (1,))
         elif name == "TiledForwardKernel":
-            # blocks that share a window's rows, chunks of its keys, and the copies that a thread starts for one
+            # blocks that share a window's rows, chunks of its keys, and the copies that a thread starts for a stage
             width, keys = (int(number) for number in re.findall(r"\b\d+\b", launch.kernel)[:2])
-            groups = math.ceil(math.ceil(tokens / 16) / (threads // 32))
-            copies = math.ceil(keys * width * getattr(torch, self.dtype).itemsize / WIDE / threads)
-            turns = Turns(True, (groups, math.ceil(tokens / keys), copies))
+            groups, chunks = math.ceil(math.ceil(tokens / 16) / (threads // 32)), math.ceil(tokens / keys)
+            row = width * getattr(torch, self.dtype).itemsize
+            stage = self.stage_chunks(launch, chunks, keys, row + WIDE)
+            copies = math.ceil(stage * keys * row / WIDE / threads)
+            trips = groups, chunks, copies * math.ceil(chunks / stage) / chunks
+            turns = Turns(True, trips, fmas=keys * width // 2, stage=(copies,))
         elif name == "TiledBackwardKernel":
-            # the same, of queries or of keys; float32 takes the keys twice for dq; dbias is of one chunk a block
+            # the same, of queries or of keys, a chunk a stage; for dq the keys are taken twice, but where the forward's
+            # output is exact enough; dbias is of one chunk a block
             width, keys, kind = (int(number) for number in re.findall(r"\b\d+\b", launch.kernel)[:3])
             groups, chunks = math.ceil(math.ceil(tokens / 16) / (threads // 32)), math.ceil(tokens / keys)
             copies = math.ceil(keys * width * getattr(torch, self.dtype).itemsize / WIDE / threads)
-            passes = 2 if kind == 0 and self.dtype == "float32" else 1
-            turns = Turns(True, (groups * chunks, 1, copies) if kind == 4 else (groups, chunks * passes, copies))
+            twice = self.dtype == "float32" or self.op.startswith("cosine") or tokens <= 64
+            passes = 2 if kind == 0 and twice else 1
+            trips = (groups * chunks, 1, copies) if kind == 4 else (groups, chunks * passes, copies)
+            turns = Turns(True, trips, fmas=keys * width // 2)
             name = f"{name} {('dq', 'dk', 'dv', 'dkdv', 'dbias')[kind]}"
         elif name == "SumKernel" and self.op in ATTENTION:
             # a warp adds every so manieth partial
@@ -927,6 +949,16 @@ class Case(Call):
             moved += floats * 4 * self.batch * self.size**2 * self.heads // self.items
         cubin = library.assemble(launch.symbol, self.arch).read_bytes()
         return CudaLaunch(name, cubin, launch.grid, math.ceil(threads / 32), launch.shared, turns, moved)
+
+    def stage_chunks(self, launch: nvcc.Launch, chunks: int, keys: int, row: int) -> int:
+        """Of the tiled forward pass: what shared memory has room for beside queries, sides and, maybe, the bias.
+
+        ``row``: bytes of a row in shared memory
+        """
+        warps, chunk = launch.block[0] // 32, 4 * keys * (row + 1)
+        left = launch.shared - 2 * 16 * warps * row - 4 * chunks * keys
+        bias = 64 * warps * chunks * keys
+        return next(room // chunk for room in (left - bias, left) if room > 0 and room % chunk == 0)
 
     def bias_turns(self, name: str, launch: nvcc.Launch) -> Turns | None:
         """Of the CUDA kernels of the position biases, which are called with float32 here."""

@@ -17,6 +17,7 @@ struct TiledArguments : BackwardArguments {
   float *delta, *norm;  // [B, D, H, W, heads]: sum_j p dp, and what makes the probabilities sum to one
   int groups;           // blocks that share a window's rows
   bool normed;          // a pass of its own sums delta and norm, which are else those of `out` and 1
+  bool bias_resident;   // the bias of a block's rows is in shared memory
 };
 
 // What a block has in shared memory, in bytes.
@@ -26,7 +27,8 @@ struct BackwardShared {
   static constexpr int kRow = Math::Rows::kStride * sizeof(T);
   static constexpr int kWidth = Math::Rows::kChunks * Math::Rows::kElements;
 
-  static int bytes(int warps, int tokens) {
+  static int bias(int warps, int chunks) { return warps * chunks * (kKeys / 8) * kWarp * int(sizeof(float4)); }
+  static int without_bias(int warps, int tokens) {
     const int rows = 2 * 16 * warps * kRow, chunks = 2 * 2 * kKeys * kRow,
               stats = (2 * 3 + 1) * kKeys * int(sizeof(float));
     const int sides = ceil_div(tokens, kKeys) * kKeys * int(sizeof(int)),
@@ -54,14 +56,18 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
   const int tiles = kSum == Sum::kDbias ? a.groups * chunks : a.groups;  // blocks that share a window
   const int tile = blockIdx.x % tiles, program = blockIdx.x / tiles, step = gridDim.x / tiles;
   const int first = tile % a.groups * 16 * warps;  // of the block's rows
-  const int row = first + 16 * warp + g;           // of this lane's two, the other is 8 further
+  const int first_chunk = kSum == Sum::kDbias ? tile / a.groups : 0;
+  const int row = first + 16 * warp + g;  // of this lane's two, the other is 8 further
   const bool active = first + 16 * warp < tokens;
   const bool exists[2] = {row < tokens, row + 8 < tokens};
 
   const int rows_size = 16 * warps * kStride, chunk_size = kKeys * kStride;  // elements
   T* const rows = reinterpret_cast<T*>(shared);
   T* const stages = rows + 2 * rows_size;
-  float* const stats = reinterpret_cast<float*>(stages + 4 * chunk_size);  // two stages' lse, delta, norm of queries
+  float4* const bias = reinterpret_cast<float4*>(stages + 4 * chunk_size);
+  const int bias_tiles = kTiles * (kSum == Sum::kDbias ? 1 : a.bias_resident ? chunks : 0);  // of a warp
+  float* const stats =
+      reinterpret_cast<float*>(bias + warps * bias_tiles * kWarp);  // two stages' lse, delta, norm of queries
   float* const lengths = stats + 2 * 3 * kKeys;  // one over those of a chunk's first tensor, of cosine attention
   int* const sides = reinterpret_cast<int*>(lengths + kKeys);
   float* const pads = reinterpret_cast<float*>(sides + chunks * kKeys) + warp * 2 * kWidth;
@@ -71,6 +77,10 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
     sides[i] = geometry.far_side(local);
   }
   for (int i = lane; i < 2 * kWidth; i += kWarp) pads[i] = 0.f;
+  for (int j = 0; j < bias_tiles; ++j) {
+    bias[(warp * bias_tiles + j) * kWarp + lane] =
+        bias_fragment<!kQueries>(a.inputs.bias, a.bias_dtype, tokens, head, row, first_chunk * kKeys + 8 * j + 2 * t);
+  }
   int local[2][3], side[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -108,7 +118,6 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
   float sum[kSums][kColumns][4] = {};
   float dbias[kTiles][4] = {}, dlogit_scale = 0.f;
   const int passes = kSum == Sum::kDq && a.normed ? 2 : 1, turns = kSum == Sum::kDbias ? 1 : passes * chunks;
-  const int first_chunk = kSum == Sum::kDbias ? tile / a.groups : 0;
   for (int window = program; window < geometry.windows; window += step) {
     int place[3];
     const int b = geometry.find(window, place);
@@ -219,14 +228,15 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const int column = 8 * j + 2 * t, token = chunk * kKeys + column;
-          const float4 x = bias_fragment<!kQueries>(a.inputs.bias, a.bias_dtype, tokens, head, row, token);
-          const float bias[4] = {x.x, x.y, x.z, x.w};
+          const float4 x = bias_tiles ? bias[(warp * bias_tiles + (chunk - first_chunk) * kTiles + j) * kWarp + lane]
+                                      : bias_fragment<!kQueries>(a.inputs.bias, a.bias_dtype, tokens, head, row, token);
+          const float biases[4] = {x.x, x.y, x.z, x.w};
           float2 other = make_float2(1.f, 1.f);
           if (cosine) other = *reinterpret_cast<const float2*>(lengths + column);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float* const stat = stats + stage * 3 * kKeys + column + i % 2;
-            const float factor = row_scale[i / 2] * (i % 2 ? other.y : other.x), score = p[j][i] * factor + bias[i];
+            const float factor = row_scale[i / 2] * (i % 2 ? other.y : other.x), score = p[j][i] * factor + biases[i];
             const float product = p[j][i] * factor;
             const bool parted = (side[i / 2] ^ sides[token + i % 2]) & cut;
             const float base = kQueries ? lse[i / 2] : stat[0];
@@ -383,6 +393,7 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
 // How the blocks of a call share rows.
 struct Blocks {
   int warps, groups, chunks, shared, per_multiprocessor;
+  bool bias_resident;
 };
 
 template <class Math, int kKeys>
@@ -391,10 +402,14 @@ Blocks share(const Geometry& geometry, const AttentionShape& s) {
   const int tiles = ceil_div(geometry.tokens, 16);
   const auto even = [&](int most) { return ceil_div(tiles, ceil_div(tiles, most)); };
   int warps = even(kBackwardWarps);
-  while (warps > 1 && Shared::bytes(warps, geometry.tokens) > s.shared_bytes) warps = even(warps - 1);
-  const int shared = Shared::bytes(warps, geometry.tokens);
-  return {warps, ceil_div(tiles, warps), ceil_div(geometry.tokens, kKeys), shared,
-          std::clamp(s.shared_bytes / shared, 1, 4)};
+  while (warps > 1 && Shared::without_bias(warps, geometry.tokens) > s.shared_bytes) warps = even(warps - 1);
+  Blocks blocks{warps, ceil_div(tiles, warps), ceil_div(geometry.tokens, kKeys)};
+  blocks.shared = Shared::without_bias(warps, geometry.tokens);
+  const int64_t bias = Shared::bias(warps, blocks.chunks);
+  blocks.bias_resident = 2 * (blocks.shared + bias) <= s.shared_bytes;  // with two blocks on a multiprocessor
+  if (blocks.bias_resident) blocks.shared += bias;
+  blocks.per_multiprocessor = std::clamp(s.shared_bytes / blocks.shared, 1, 4);
+  return blocks;
 }
 
 struct Plan {
@@ -425,10 +440,13 @@ struct Launch {
 
   template <class Math, int kKeys, Sum kSum>
   cudaError_t launch(const TiledArguments& t, const Blocks& blocks) const {
+    using Shared = BackwardShared<Math, kKeys>;
     const auto kernel = TiledBackwardKernel<Math, kKeys, kSum>;
-    if (const cudaError_t error = allow_shared(kernel, blocks.shared)) return error;
+    const int one_chunk = Shared::without_bias(blocks.warps, a.geometry.tokens) + Shared::bias(blocks.warps, 1);
+    const int shared = kSum == Sum::kDbias ? one_chunk : blocks.shared;
+    if (const cudaError_t error = allow_shared(kernel, shared)) return error;
     const int x = kSum == Sum::kDbias ? programs.chunks * blocks.groups * blocks.chunks : programs.rows;
-    SWINOPS_LAUNCH(kernel, dim3(x, s.heads), dim3(kWarp * blocks.warps), blocks.shared, stream, t);
+    SWINOPS_LAUNCH(kernel, dim3(x, s.heads), dim3(kWarp * blocks.warps), shared, stream, t);
     return cudaGetLastError();
   }
 
@@ -439,7 +457,7 @@ struct Launch {
     // `out` is rounded: too much for float32, for dlogit_scale, whose terms are scores of up to 100, and where a window
     // has few tokens, whose gradients of scores may all be near 0
     const bool normed = s.dtype == Dtype::kFloat32 || a.inputs.logit_scale || a.geometry.tokens <= 64;
-    TiledArguments t{a, delta, norm, blocks.groups, normed};
+    TiledArguments t{a, delta, norm, blocks.groups, normed, blocks.bias_resident};
     if (const cudaError_t error = launch<Math, kKeys, Sum::kDq>(t, blocks)) return error;
     if constexpr (BackwardShared<Math, kKeys>::kWidth * sizeof(typename Math::Element) <= 128) {
       if (const cudaError_t error = launch<Math, kKeys, Sum::kDkDv>(t, blocks)) return error;
