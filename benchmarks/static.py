@@ -504,7 +504,8 @@ class Program:
     def nest(self) -> list[Loop]:
         """The hot loop and its inner one, and so on: at each depth the one with the most products.
 
-        That is tensor-core instructions, or multiply-adds where there are none. To the depth that holds most of them: loops further in prepare what these multiply.
+        Those are tensor-core instructions, or multiply-adds where there are none. To the depth that holds most of them:
+        loops further in prepare what these multiply.
         """
 
         def weight(loop: Loop) -> tuple[int, int]:
@@ -715,7 +716,8 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
         sum((x.work for x in code), Work()) for code in (every, program.instructions(nest[-1]) if nest else every)
     )
     inside = (turns.stage or turns.trips[len(nest) :]) if turns and turns.persistent else ()
-    inner = [program.way(nest[-1], inside, longest) for longest in (True, False)] if nest else [total, total]
+    rest = (turns.loads, turns.fmas) if turns else ()
+    inner = [program.way(nest[-1], inside, longest, *rest) for longest in (True, False)] if nest else [total, total]
     widths: dict[str, list[int]] = {}
     for access in launch.accesses():
         widths.setdefault(access.tensor, []).append(access.width)
@@ -727,15 +729,13 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
     issued = issue = moved_wide = None
     if turns is not None:
         if turns.persistent and nest:
-            ways = [
-                program.way(nest[0], turns.trips[1:], longest, turns.loads, turns.fmas) for longest in (True, False)
-            ]
+            ways = [program.way(nest[0], turns.trips[1:], longest, *rest) for longest in (True, False)]
             ways = [Work({kind: turns.trips[0] * n for kind, n in way.items()}) for way in ways]
             issued = tuple(math.ceil(way["instruction"]) for way in ways)
             lanes = 32 * launch.warps / turns.items
             moved_wide = round(wide(ways[1], "load") * lanes), round(wide(ways[1], "store") * lanes)
         else:
-            ways = [program.way(None, turns.trips, longest, turns.loads, turns.fmas) for longest in (True, False)]
+            ways = [program.way(None, turns.trips, longest, *rest) for longest in (True, False)]
             issued = tuple(math.ceil(way["instruction"] * launch.programs / items) for way in ways)
         rate = SCHEDULERS * device.multiprocessors * device.clock / 1e9
         issue = tuple(n * launch.warps / rate / turns.items for n in issued)
@@ -765,7 +765,7 @@ def measure(launch: Launch, arch: int, items: int, turns: Turns | None = None) -
         hot_stores=by_width(innermost, "store"),
         accesses=widths,
         tensor_core=dict(Counter(x.name for x in every if x.tensor_core)),
-        hot_loop=(inner[0]["instruction"], inner[1]["instruction"]) if nest else (0, 0),
+        hot_loop=(math.ceil(inner[0]["instruction"]), math.ceil(inner[1]["instruction"])) if nest else (0, 0),
         instructions=issued,
         issue_ns=issue,
         wide=moved_wide,
@@ -958,7 +958,9 @@ class Case(Call):
         warps, chunk = launch.block[0] // 32, 4 * keys * (row + 1)
         left = launch.shared - 2 * 16 * warps * row - 4 * chunks * keys
         bias = 64 * warps * chunks * keys
-        return next(room // chunk for room in (left - bias, left) if room > 0 and room % chunk == 0)
+        found = [room // chunk for room in (left - bias, left) if room > 0 and room % chunk == 0]
+        assert found, f"{launch.shared} bytes of shared memory hold no whole number of chunks of {chunk}"
+        return found[0]
 
     def bias_turns(self, name: str, launch: nvcc.Launch) -> Turns | None:
         """Of the CUDA kernels of the position biases, which are called with float32 here."""

@@ -141,6 +141,31 @@ def test_an_unrolled_loop_and_what_it_leaves(numbers, turns):
     assert program.way(None, (5,), False)["instruction"] == 1 + 5 * 4 + 1 + 5 * 2 + 5 * 2 + 1
 
 
+MULTIPLYING = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/               @P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0020*/                   LDS.128 R8, [R1] ;
+        /*0030*/                   FFMA R4, R8, R9, R4 ;
+        /*0040*/                   FFMA R5, R8, R10, R5 ;
+        /*0050*/                   FFMA R6, R8, R11, R6 ;
+        /*0060*/               @P1 BRA `(.L_x_0) ;
+        /*0070*/               @P2 BRA `(.L_x_1) ;
+        /*0080*/                   FADD R1, R1, R2 ;
+.L_x_1:
+        /*0090*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_a_loop_of_multiply_adds():
+    """Where there are no tensor cores it takes the place of their instructions: nor is it passed by."""
+    program = static.Program(MULTIPLYING)
+    ways = [program.way(None, (), longest, fmas=12) for longest in (True, False)]
+    assert [work["fma"] for work in ways] == [12, 12]
+    assert [work["instruction"] for work in ways] == [2 + 4 * 5 + 2 + 2, 2 + 4 * 5 + 1 + 2]
+
+
 COPYING = """
         /*0000*/                   LDG.E R4, desc[UR4][R2.64] ;
 .L_x_0:
@@ -331,6 +356,8 @@ def test_cuda_kernels_pass_the_bars(tmp_path):
     ]
     rows += reports[1]["rows"]
     assert [row["kernel"] for row in rows[-2:]] == ["TiledForwardKernel"] * 2
+    # a stage is a whole window's keys and values, beside which the next queries are copied
+    assert all(row["bytes_in_flight"] >= 3 * 12**2 * 32 * 2 for row in rows[-2:])
     for row in rows:
         backward = row["case"]["op"].endswith("backward")
         assert row["tensor_core"]
@@ -369,6 +396,25 @@ def test_cuda_kernels_of_the_other_ops(tmp_path):
         else:  # a load and a store of 16 bytes by each lane
             assert row["bytes"] == 2 * window**2 * 3 * 32 * 2
             assert row["instructions"][1] * row["warps"] >= row["bytes"] / 16 / 32
+
+
+@with_nvcc
+def test_cuda_kernels_without_tensor_cores(tmp_path):
+    report = tmp_path / "static.json"
+    done = compiling_process(
+        *("-m", "swinops.benchmarks.static", "--backend", "cuda", "--arch", "90", "--window", "7", "12", "--jobs", "1"),
+        *("--head-dim", "32", "--dtype", "float32", "--op", *static.FORWARD, "--json", str(report)),
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["kernel"], row["case"]["window"]) for row in rows] == [
+        ("TiledForwardKernel", 7),
+        ("TiledForwardKernel", 12),
+    ] * 2
+    for row in rows:
+        assert not row["tensor_core"]
+        # the multiply-adds of two products, by 32 lanes
+        assert row["instructions"][1] * row["warps"] >= 2 * row["case"]["window"] ** 4 * 32 / 32
 
 
 @with_nvcc
