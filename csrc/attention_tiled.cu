@@ -8,13 +8,12 @@
 namespace swinops {
 namespace {
 
-constexpr int kFewWarps = 8;  // that hide each other's waits, on a multiprocessor
-
 // What a block of the tiled kernel has in shared memory, in bytes.
 template <class Math, int kKeys>
 struct TiledShared {
   using T = typename Math::Element;
   static constexpr int kRow = Math::Rows::kStride * sizeof(T);
+  static constexpr int kWarps = sizeof(T) == 2 ? 12 : 8;  // for whose sums a multiprocessor has registers
 
   __host__ __device__ static int rows(int warps) { return 2 * 16 * warps * kRow; }
   // keys and values of a chunk, twice, and the keys' lengths
@@ -216,14 +215,14 @@ cudaError_t launch(ForwardArguments a, const AttentionShape& s, cudaStream_t str
   const int64_t bias = Shared::bias(warps, tokens);
   a.bias_resident = a.inputs.bias != nullptr && shared + bias <= s.shared_bytes;
   if (a.bias_resident) shared += bias;
-  // blocks of few warps share a multiprocessor
-  const int room = s.shared_bytes / std::max(1, kFewWarps / warps) - shared;
+  const int most_blocks = std::max(1, Shared::kWarps / warps);  // on a multiprocessor
+  const int room = s.shared_bytes / most_blocks - shared;
   a.stage_chunks = share(chunks, std::clamp(1 + room / Shared::chunk(), 1, chunks));
   shared += (a.stage_chunks - 1) * Shared::chunk();
 
   const auto kernel = TiledForwardKernel<Math, kKeys>;
   if (const cudaError_t error = allow_shared(kernel, shared)) return error;
-  const int blocks = std::clamp(s.shared_bytes / shared, 1, 4);
+  const int blocks = std::clamp(s.shared_bytes / shared, 1, most_blocks);
   const dim3 grid(a.groups * programs(a.geometry.windows, blocks, s.heads * a.groups, s), s.heads);
   SWINOPS_LAUNCH(kernel, grid, dim3(kWarp * warps), shared, stream, a);
   return cudaGetLastError();

@@ -27,6 +27,8 @@ struct BackwardShared {
   static constexpr int kRow = Math::Rows::kStride * sizeof(T);
   static constexpr int kWidth = Math::Rows::kChunks * Math::Rows::kElements;
 
+  static constexpr int kBlocks = kRow <= 80 ? 3 : 2;  // on a multiprocessor, for whose sums there are registers
+
   static int bias(int warps, int chunks) { return warps * chunks * (kKeys / 8) * kWarp * int(sizeof(float4)); }
   static int without_bias(int warps, int tokens) {
     const int rows = 2 * 16 * warps * kRow, chunks = 2 * 2 * kKeys * kRow,
@@ -37,12 +39,12 @@ struct BackwardShared {
   }
 };
 
-// Two blocks on a multiprocessor for dq, which the compiler would else squeeze into the registers of three.
 template <class Math, int kKeys, Sum kSum>
-__global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 1)
+__global__ void __launch_bounds__(kWarp* kBackwardWarps, BackwardShared<Math, kKeys>::kBlocks)
     TiledBackwardKernel(const TiledArguments a) {
   using T = typename Math::Element;
   using Rows = typename Math::Rows;
+  static_assert(kKeys <= kWarp, "a warp loads what a chunk's queries have");
   constexpr int kWidth = Rows::kChunks * Rows::kElements, kStride = Rows::kStride, kTiles = kKeys / 8;
   constexpr int kColumns = kWidth / 8;
   constexpr bool kQueries = kSum == Sum::kDq || kSum == Sum::kDbias;  // rows are queries
@@ -122,33 +124,21 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
     int place[3];
     const int b = geometry.find(window, place);
     const int cut = geometry.cut(place);
-    // Of the queries of a chunk, taken to shared memory when there is time.
-    float ahead[3][2];
+    // lse, delta and norm of a query of a chunk, taken to shared memory when there is time: a lane's of the first warp
+    float ahead[3];
     const auto load_stats = [&](int start) {
-      if constexpr (!kQueries) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int i = threadIdx.x + n * blockDim.x;
-          if (i >= kKeys) continue;
-          int at_window[3];
-          geometry.locate(start + i, at_window);
-          const int64_t at = query(b, place, at_window, start + i);
-          ahead[0][n] = at < 0 ? INFINITY : a.lse[at];
-          ahead[1][n] = at < 0 ? 0.f : a.delta[at];
-          ahead[2][n] = at < 0 || !a.normed ? 1.f : a.norm[at];
-        }
-      }
+      if (kQueries || warp > 0 || lane >= kKeys) return;
+      int at_window[3];
+      geometry.locate(start + lane, at_window);
+      const int64_t at = query(b, place, at_window, start + lane);
+      ahead[0] = at < 0 ? INFINITY : a.lse[at];
+      ahead[1] = at < 0 ? 0.f : a.delta[at];
+      ahead[2] = at < 0 || !a.normed ? 1.f : a.norm[at];
     };
     const auto store_stats = [&](int stage) {
-      if constexpr (!kQueries) {
+      if (kQueries || warp > 0 || lane >= kKeys) return;
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int i = threadIdx.x + n * blockDim.x;
-          if (i >= kKeys) continue;
-#pragma unroll
-          for (int s = 0; s < 3; ++s) stats[(stage * 3 + s) * kKeys + i] = ahead[s][n];
-        }
-      }
+      for (int s = 0; s < 3; ++s) stats[(stage * 3 + s) * kKeys + lane] = ahead[s];
     };
 
     __syncthreads();  // the last window is done with
@@ -236,9 +226,8 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float* const stat = stats + stage * 3 * kKeys + column + i % 2;
-            const float factor = row_scale[i / 2] * (i % 2 ? other.y : other.x), score = p[j][i] * factor + biases[i];
-            const float product = p[j][i] * factor;
-            const bool parted = (side[i / 2] ^ sides[token + i % 2]) & cut;
+            const float score = p[j][i] * (row_scale[i / 2] * (i % 2 ? other.y : other.x)) + biases[i];
+            const bool parted = cut && ((side[i / 2] ^ sides[token + i % 2]) & cut);
             const float base = kQueries ? lse[i / 2] : stat[0];
             const float less = kQueries ? delta[i / 2] : stat[kKeys];
             p[j][i] =
@@ -248,7 +237,6 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
               delta[i / 2] += p[j][i] * ds[j][i];
             } else {
               ds[j][i] = p[j][i] * (ds[j][i] - less);
-              if (kSum == Sum::kDq) dlogit_scale += ds[j][i] * product;
               if (kSum == Sum::kDbias) dbias[j][i] += ds[j][i];
             }
           }
@@ -305,6 +293,7 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
         }
         if (direction && cosine) {
           along = quad_sum(along);
+          if (kSum == Sum::kDq) dlogit_scale += along;
         }
         int place_in_image[3];
         any_pad |= exists[i] && !geometry.find(place, local[i], place_in_image);
@@ -368,7 +357,7 @@ __global__ void __launch_bounds__(kWarp* kBackwardWarps, kSum == Sum::kDq ? 2 : 
   }
   __syncthreads();
   if (kSum == Sum::kDq && a.dlogit_scale) {
-    dlogit_scale = column_sum(quad_sum(dlogit_scale)) / kLog2E;
+    dlogit_scale = column_sum(dlogit_scale);
     if (lane == 0) pads[0] = dlogit_scale;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -406,9 +395,9 @@ Blocks share(const Geometry& geometry, const AttentionShape& s) {
   Blocks blocks{warps, ceil_div(tiles, warps), ceil_div(geometry.tokens, kKeys)};
   blocks.shared = Shared::without_bias(warps, geometry.tokens);
   const int64_t bias = Shared::bias(warps, blocks.chunks);
-  blocks.bias_resident = 2 * (blocks.shared + bias) <= s.shared_bytes;  // with two blocks on a multiprocessor
+  blocks.bias_resident = Shared::kBlocks * (blocks.shared + bias) <= s.shared_bytes;
   if (blocks.bias_resident) blocks.shared += bias;
-  blocks.per_multiprocessor = std::clamp(s.shared_bytes / blocks.shared, 1, 4);
+  blocks.per_multiprocessor = std::clamp(s.shared_bytes / blocks.shared, 1, Shared::kBlocks);
   return blocks;
 }
 
