@@ -313,13 +313,6 @@ def issues_its_work(row: dict) -> bool:
 without_nvcc = nvcc.why_not()
 with_nvcc = pytest.mark.skipif(without_nvcc is not None, reason=str(without_nvcc))
 
-# the bars that CUDA's kernels miss, by architecture, op and window; one that is no longer missed goes from here
-MISSED = {
-    ("issue time", 90, "cosine_attention", 7),  # 0.56 of the memory time: lengths of queries and keys
-    # nine warps, in one block on a multiprocessor, and less than 18 KB in flight
-    *(("registers", 90, op, 12) for op in static.FORWARD),
-}
-
 
 @with_nvcc
 def test_cuda_kernels_pass_the_bars(tmp_path):
@@ -327,22 +320,18 @@ def test_cuda_kernels_pass_the_bars(tmp_path):
     common = "-m", "swinops.benchmarks.static", "--backend", "cuda", "--head-dim", "32", "--dtype", "bfloat16"
     commands = [
         (*common, "--arch", "80", "90", "--window", "7", "8", "--jobs", "2", "--op", *static.ATTENTION),
-        # of more than 64 tokens; the kernels of their backward pass take minutes to compile, and are the command's
-        (*common, "--arch", "90", "--window", "12", "--jobs", "1", "--op", *static.FORWARD),
+        # of more than 64 tokens
+        (*common, "--arch", "90", "--window", "12", "--jobs", "2", "--op", *static.ATTENTION),
     ]
     with ThreadPoolExecutor() as pool:
         done = list(
             pool.map(lambda command, path: compiling_process(*command, "--json", str(path)), commands, (small, large))
         )
-    for one, path in zip(done, (small, large), strict=True):
-        assert path.exists(), one.stdout[-4000:] + one.stderr[-4000:]
+    for one in done:
+        assert one.returncode == 0, one.stdout[-4000:] + one.stderr[-4000:]
         assert static.NOT_A_TIMING in one.stdout
+        assert "0 bars missed" in one.stdout
     reports = [json.loads(path.read_text()) for path in (small, large)]
-    assert [one.returncode for one in done] == [int(bool(report["failures"])) for report in reports]
-
-    found = {(f["bar"], f["case"]) for report in reports for f in report["failures"]}
-    expected = {(bar, str(cuda_case(arch, op, window))) for bar, arch, op, window in MISSED}
-    assert found == expected, f"missed {found - expected}, passed {expected - found}"
 
     sums = [row for row in reports[0]["rows"] if row["kernel"] == "SumKernel"]
     assert len(sums) == 2 * 2 * 3  # of two ops, cosine attention's with one for the scale
@@ -354,8 +343,11 @@ def test_cuda_kernels_pass_the_bars(tmp_path):
     assert [(row["arch"], row["case"]["op"], row["case"]["window"]) for row in rows] == [
         (arch, op, window) for arch in (80, 90) for op in static.ATTENTION for window in (7, 8)
     ]
-    rows += reports[1]["rows"]
-    assert [row["kernel"] for row in rows[-2:]] == ["TiledForwardKernel"] * 2
+    sums = ["TiledBackwardKernel dq", "TiledBackwardKernel dkdv", "TiledBackwardKernel dbias"]
+    tiled = [row for row in reports[1]["rows"] if row["kernel"] != "SumKernel"]
+    assert [row["kernel"] for row in tiled] == ["TiledForwardKernel"] * 2 + sums * 2
+    assert all(row["issue_ns"][0] >= row["issue_ns"][1] > 0 for row in tiled)
+    rows += tiled[:2]
     # a stage is a whole window's keys and values, beside which the next queries are copied
     assert all(row["bytes_in_flight"] >= 3 * 12**2 * 32 * 2 for row in rows[-2:])
     for row in rows:
