@@ -395,7 +395,7 @@ Blocks share(const Geometry& geometry, const AttentionShape& s) {
   Blocks blocks{warps, ceil_div(tiles, warps), ceil_div(geometry.tokens, kKeys)};
   blocks.shared = Shared::without_bias(warps, geometry.tokens);
   const int64_t bias = Shared::bias(warps, blocks.chunks);
-  blocks.bias_resident = Shared::kBlocks * (blocks.shared + bias) <= s.shared_bytes;
+  blocks.bias_resident = 2 * (blocks.shared + bias) <= s.shared_bytes;  // with two blocks on a multiprocessor
   if (blocks.bias_resident) blocks.shared += bias;
   blocks.per_multiprocessor = std::clamp(s.shared_bytes / blocks.shared, 1, Shared::kBlocks);
   return blocks;
