@@ -108,7 +108,6 @@ def choice_table(choices: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]
     lines: dict[tuple[str, ...], dict[int, str]] = {}
     for each in choices:
         if each["times"]:
-            first, second = sorted(each["times"].values())
             line = (
                 each["op"],
                 each["direction"],
@@ -116,7 +115,8 @@ def choice_table(choices: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]
                 each["dtype"],
                 f"{each['basis']}, {each['unit']}",
             )
-            cell = f"{each['backend']} {first:.3g} <= {second:.3g}"
+            order = sorted(each["times"], key=lambda name: name != each["backend"])
+            cell = ", ".join(f"{name} {each['times'][name]:.3g}" for name in order)
         else:  # whatever the direction, the architecture and the dtype
             line, cell = (each["op"], "", "", "", each["basis"]), each["backend"]
         lines.setdefault(line, {})[each["window"]] = cell

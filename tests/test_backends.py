@@ -1,6 +1,7 @@
 """Which backend runs a call, and what is said where one cannot."""
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -134,6 +135,10 @@ def test_a_row_says_why():
     measured = row(cuda=14.0, triton=12.14, source="measured", device="an H100", unit="us")
     assert measured.why == "measured on an H100 at abc: 12.1 against 14 us"
     assert measured.order == ("triton", "cuda") and row(cuda=1.0, triton=1.0).order == ("cuda", "triton")
+    # what differs less than the times are good for is equal
+    assert row(cuda=1.019, triton=1.0).order == ("cuda", "triton")
+    assert row(cuda=1.021, triton=1.0).order == ("triton", "cuda")
+    assert row(cuda=1.019, triton=1.0).why.endswith(": 1.02 against 1 ns a window and head")
 
 
 def test_attention_asks_with_its_tokens_and_direction(monkeypatch):
@@ -167,6 +172,12 @@ def test_the_table_of_choices():
     table = choice.rows()
     keys = [(*each[:6], each.source) for each in table]
     assert len(set(keys)) == len(keys) and list(table) == sorted(table)
+    # no op with a CUDA kernel is without, in any dtype that is tabled and on any architecture that is built
+    found = {each[:4] for each in table}
+    for op, arch in itertools.product(cuda.OPS, (80, 90, 100)):
+        directions = ("forward",) if op in ("window_partition", "window_merge") else ("forward", "backward")
+        dtypes = ("float32",) if op.endswith("position_bias") else ("float32", "float16", "bfloat16")
+        assert found >= {(op, direction, arch, dtype) for direction in directions for dtype in dtypes}
     for each in table:
         assert each.op in OPS and each.direction in ("forward", "backward") and hasattr(torch, each.dtype)
         assert each.cuda > 0 and each.triton > 0 and each.unit and each.commit

@@ -158,12 +158,12 @@ def test_info_says_what_auto_takes(monkeypatch, capsys):
     none = "cuda cuda cuda cuda no times: cuda before triton"
     assert table == [
         "op direction arch dtype window 7 window 8 window 12 window 16 basis",
-        "window_merge forward sm_80 bfloat16 cuda 2.31 <= 3"
-        + " triton 3 <= 3.3" * 3
+        "window_merge forward sm_80 bfloat16 cuda 2.31, triton 3"
+        + " triton 3, cuda 3.3" * 3
         + " static model, not measured, ns a window",
         f"window_merge {none}",
         *(
-            f"window_merge forward {arch} bfloat16{' triton 31 <= 33' * 4} measured on an H100 at abc, us"
+            f"window_merge forward {arch} bfloat16{' triton 31, cuda 33' * 4} measured on an H100 at abc, us"
             for arch in ("sm_90", "sm_100")
         ),
         f"window_attention {none}",

@@ -4,6 +4,7 @@ import copy
 import importlib
 import io
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -612,6 +613,7 @@ class TestArguments:
 
     def test_a_backend_that_cannot_run_raises(self, family, device):
         model = swinops.patch(build(family).double().to(device), "triton")
+        assert re.match(r"raises: backend 'triton' cannot run .*float64", swinops.explain(model)[-1].reason)
         with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run .*float64"):
             model(image().double().to(device))
 

@@ -10,7 +10,8 @@ swinops.benchmarks.static, the larger of issue time and memory time, which is a 
    (head_dim of attention, channels of an image, heads of a bias);
 4. measured rather than static.
 
-Where no row is of the same op, direction and dtype, or all are of later architectures, the order is that of KERNELS.
+Where no row is of the same op, direction and dtype, or all are of later architectures, and where the times differ by
+less than either way of finding them can tell, the order is that of KERNELS.
 """
 
 import csv
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("cuda", "triton")
+MARGIN = 1.02  # of times that are the same
 PATH = Path(__file__).with_name("choice.csv")
 
 
@@ -40,7 +42,8 @@ class Row(NamedTuple):
 
     @property
     def order(self) -> tuple[str, ...]:
-        return tuple(sorted(KERNELS, key=lambda name: float(getattr(self, name))))
+        least = min(getattr(self, name) for name in KERNELS)
+        return tuple(sorted(KERNELS, key=lambda name: bool(getattr(self, name) > MARGIN * least)))
 
     @property
     def basis(self) -> str:
@@ -50,7 +53,7 @@ class Row(NamedTuple):
 
     @property
     def why(self) -> str:
-        first, second = sorted((self.cuda, self.triton))
+        first, second = (getattr(self, name) for name in self.order)
         return f"{self.basis}: {first:.3g} against {second:.3g} {self.unit}"
 
 

@@ -22,7 +22,7 @@ class Row:
     """What ``patch`` does to one module.
 
     ``action`` is "replace", "replaced" where that was done before, or "leave". ``reason`` says why a module is left,
-    or why one that is replaced would run its library's own forward in its present state.
+    or why one that is replaced would run its library's own forward in its present state, or raise.
     """
 
     path: str
@@ -130,14 +130,19 @@ def plan(model: nn.Module, backend: str) -> list[tuple[Row, nn.Module, "type[Swa
             if library is None:
                 continue
             cls: type[Swapped] | None = None
+            used = backend
             if isinstance(module, swap.Swapped):
-                action, cls, reason = "replaced", type(module), module.why_own(module, module.swinops_backend)
+                action, cls, used = "replaced", type(module), module.swinops_backend
+                reason = kind.why_own(module, used)
             elif (reason := swap.why_left(kind, library, module)) is not None:
                 action = "leave"
             else:
-                action, cls, reason = "replace", swap.swapped_class(kind, type(module)), kind.why_own(module, backend)
+                action, cls, used = "replace", swap.swapped_class(kind, type(module)), backend
+                reason = kind.why_own(module, used)
             if cls is not None and reason is not None:
                 reason = f"own forward for now: {reason}"
+            elif cls is not None and (reason := swap.why_raises(kind.calls(module), used)) is not None:
+                reason = f"raises: {reason}"
             row = Row(path or "(itself)", type(module).__name__, kind.LIBRARY, action, reason or "")
             found.append((row, module, cls))
             if kind.COMPANION:

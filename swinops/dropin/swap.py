@@ -141,6 +141,15 @@ def kernel(op: str, device: torch.device, dtype: torch.dtype, channels: int) -> 
     return fastest, "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
+def why_raises(calls: list[Call], backend: str) -> str | None:
+    """Why a module that makes these calls would raise, for a backend asked for by name; None where it would not."""
+    for op, device, dtype, channels in calls if backend != "auto" else ():
+        reason = why_not(backend, torch.empty(0, channels, device=device, dtype=dtype), op)
+        if reason is not None:
+            return f"backend {backend!r} cannot run {op}: {reason}"
+    return None
+
+
 # torch.compile runs the next two while it traces, and takes their result as a constant
 
 
