@@ -1319,6 +1319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows and the failures there")
     arguments = parser.parse_args(argv)
+    for name in ("window", "head_dim", "channels"):
+        if least := [n for n in getattr(arguments, name) if n < 1]:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {least[0]}")
     arguments.backend = BACKENDS if arguments.backend == "both" else (arguments.backend,)
     if "cuda" in arguments.backend and (reason := nvcc.why_not()):
         if arguments.backend == ("cuda",):
@@ -1329,6 +1332,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the kernels are interpreted in this process: unset TRITON_INTERPRET")
 
     chosen = cases(arguments)
+    if not chosen:
+        backends, ops = (" or ".join(names) for names in (arguments.backend, arguments.op))
+        parser.error(f"there is no kernel of {ops} for {backends} among what was asked for")
     done: list[tuple[Call, list[Row], list[Failure]]] = []
     with progress(len(chosen)) as advance:
         for result in outcomes(chosen, max(1, arguments.jobs)):

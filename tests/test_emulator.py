@@ -4,9 +4,10 @@ A fault is a change to a kernel's source, such as a barrier deleted. It has to b
 """
 
 import itertools
+import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -428,6 +429,26 @@ FAULTS_OF_CSRC += [
     ("attention_tiled.cu", attend_tiled, "attention_tiled.cu", Fault("        total[i] *= rescale;\n", "", WRONG)),
     ("attention_tiled.cu", attend_tiled, "attention_tiled.cu", Fault("stage + part * kKeys * kStride", "stage", WRONG)),
 ]
+
+
+def test_the_readme(tmp_path, monkeypatch):
+    """Its kernel runs as it says, and without the barrier is reported as it says."""
+    text = (emulator.HERE / "README.md").read_text()
+    (kernel,), (script,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.S) for kind in ("cpp", "python"))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.cu").write_text(kernel)
+    ran: dict[str, Any] = {}
+    exec(script, ran)
+    assert torch.equal(ran["x"], torch.arange(100.0))  # turned eight times
+    with pytest.raises(TypeError, match="argument 1 of mine must be a tensor or an int, got float"):
+        ran["library"].launch("mine", ran["x"], 100.0)
+    assert kernel.count("  __syncthreads();\n") == 1
+    Path("mine.cu").write_text(kernel.replace("  __syncthreads();\n", ""))
+    with pytest.raises(RuntimeError, match="race: .* shared byte .* mine.cu:6"):
+        exec(script, {})
+    Path("mine.cu").write_text('#include "nowhere.h"\n' + kernel)
+    with pytest.raises(RuntimeError, match="nowhere.h: No such file"):
+        exec(script, {})
 
 
 @pytest.mark.parametrize("source, check, file, fault", FAULTS_OF_CSRC)

@@ -250,6 +250,23 @@ def test_refuses_to_compile_interpreted_kernels(capsys, monkeypatch):
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--window", "7", "0"], "--window must be at least 1, got 0"),
+        (["--head-dim", "-1"], "--head-dim must be at least 1, got -1"),
+        (["--op", "layer_norm", "--backend", "cuda"], "there is no kernel of layer_norm for cuda among what was"),
+    ],
+)
+def test_refuses_what_has_no_kernel(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(nvcc, "why_not", lambda: None)
+    with pytest.raises(SystemExit) as refusal:
+        static.main(arguments)
+    assert refusal.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def compiling_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Python, with kernels compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -38,10 +39,10 @@ KERNEL_FLAGS = (
 )
 
 
-def build(*sources: Path) -> Path:
+def build(*sources: Path | str) -> Path:
     """A shared library of CUDA files (.cu), C++ files (.cpp) and the emulator. Built once for each content."""
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_object, (HERE / "emulator.cpp", *sources)))
+        objects = list(pool.map(compile_object, (HERE / "emulator.cpp", *map(Path, sources))))
     return once(CACHE / f"{digest(*(path.name for path in objects))}.so", "g++", "-shared", *objects)
 
 
@@ -68,7 +69,9 @@ def included(source: Path) -> list[Path]:
         if path not in found:
             found.append(path)
             for name in re.findall(r'#include "(.+)"', path.read_text()):
-                waiting += [next(folder / name for folder in (path.parent, HERE, CSRC) if (folder / name).exists())]
+                # one that is nowhere here is the compiler's own, or the compiler will say so
+                there = (folder / name for folder in (path.parent, HERE, CSRC) if (folder / name).exists())
+                waiting += itertools.islice(there, 1)
             waiting += [HERE / "cuda_runtime.h"]
     return sorted(found, key=lambda path: path.name)
 
@@ -137,6 +140,9 @@ class Library:
 
     def launch(self, name: str, *args: Tensor | int) -> None:
         """Call an `extern "C" cudaError_t name(pointers and int64_t ...)`; RuntimeError with what is wrong."""
+        for i, value in enumerate(args):
+            if not isinstance(value, (Tensor, int)):
+                raise TypeError(f"argument {i} of {name} must be a tensor or an int, got {type(value).__name__}")
         function = getattr(self.native, name)
         values = [address(value) if isinstance(value, Tensor) else value for value in args]
         function.argtypes = [ctypes.c_int64] * len(values)
