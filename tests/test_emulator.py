@@ -444,10 +444,10 @@ def test_the_readme(tmp_path, monkeypatch):
         ran["library"].launch("mine", ran["x"], 100.0)
     assert kernel.count("  __syncthreads();\n") == 1
     Path("mine.cu").write_text(kernel.replace("  __syncthreads();\n", ""))
-    with pytest.raises(RuntimeError, match="race: .* shared byte .* mine.cu:6"):
+    with pytest.raises(RuntimeError, match=r"race: .* shared byte .* mine\.cu:6"):
         exec(script, {})
     Path("mine.cu").write_text('#include "nowhere.h"\n' + kernel)
-    with pytest.raises(RuntimeError, match="nowhere.h: No such file"):
+    with pytest.raises(RuntimeError, match=r"nowhere\.h: No such file"):
         exec(script, {})
 
 
