@@ -135,21 +135,24 @@ __global__ void __launch_bounds__(kWarp* most_warps(kKeys), 1) TiledForwardKerne
 
       float s[kTiles][4] = {};
       math.scores(s, rows, keys);
+      const int column = chunk * kKeys + 2 * t;
+      float x[kTiles][4];
+      if (a.bias_resident) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) unpack(bias[((warp * chunks + chunk) * kTiles + j) * kWarp + lane], x[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          unpack(bias_fragment(a.inputs.bias, a.bias_dtype, tokens, head, row, column + 8 * j), x[j]);
+        }
+      }
+      add_bias(s, x, row_scale, cosine ? key_lengths + 2 * t : nullptr);
+      if (cut) add_mask(s, side, sides + column, cut, geometry.mask);
       float new_top[2] = {top[0], top[1]};
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const int column = chunk * kKeys + 8 * j + 2 * t;
-        const float4 x = a.bias_resident ? bias[((warp * chunks + chunk) * kTiles + j) * kWarp + lane]
-                                         : bias_fragment(a.inputs.bias, a.bias_dtype, tokens, head, row, column);
-        const float biases[4] = {x.x, x.y, x.z, x.w};
-        float2 key = make_float2(1.f, 1.f);
-        if (cosine) key = *reinterpret_cast<const float2*>(key_lengths + 8 * j + 2 * t);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          s[j][i] = s[j][i] * (row_scale[i / 2] * (i % 2 ? key.y : key.x)) + biases[i];
-          if (cut && ((side[i / 2] ^ sides[column + i % 2]) & cut)) s[j][i] += geometry.mask;
-          new_top[i / 2] = fmaxf(new_top[i / 2], s[j][i]);
-        }
+        for (int i = 0; i < 4; ++i) new_top[i / 2] = fmaxf(new_top[i / 2], s[j][i]);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

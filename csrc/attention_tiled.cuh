@@ -82,6 +82,46 @@ __device__ void measure(const Math& math, typename Math::Element* x, int rows, f
   }
 }
 
+__device__ inline void unpack(const float4& from, float (&to)[4]) {
+  to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+
+// Scores of rows g and g + 8, in place: times the rows' factors, and those of the columns 8j and 8j + 1 of `factors`
+// where not null, plus the bias.
+template <int kTiles>
+__device__ void add_bias(float (&s)[kTiles][4], const float (&bias)[kTiles][4], const float (&row_factor)[2],
+                         const float* factors) {
+  if (factors == nullptr) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = s[j][i] * row_factor[i / 2] + bias[j][i];
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[j][i] = s[j][i] * (row_factor[i / 2] * (i % 2 ? factor.y : factor.x)) + bias[j][i];
+    }
+  }
+}
+
+// The mask, to the scores of a row and a column that the seam parts: of columns 8j and 8j + 1 of `sides`.
+template <int kTiles>
+__device__ void add_mask(float (&s)[kTiles][4], const int (&side)[2], const int* sides, int cut, float mask) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const int2 column = *reinterpret_cast<const int2*>(sides + 8 * j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((side[i / 2] ^ (i % 2 ? column.y : column.x)) & cut) s[j][i] += mask;
+    }
+  }
+}
+
 // Warps of a block of forward: 144 tokens are nine tiles of 16, and three chunks of 48.
 constexpr int most_warps(int keys) { return keys == 48 ? 9 : 8; }
 

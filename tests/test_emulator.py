@@ -370,7 +370,7 @@ def attend_cosine(library):
 
 
 def attend_tiled(library):
-    return attend(library, window=(8, 10))
+    return attend(library, window=(9, 16))  # three chunks a stage
 
 
 # Which .cu is built again, the check that fails, the file that is changed, and how.
