@@ -180,7 +180,7 @@ def test_other_bits_in_a_second_run_are_wrong(install, capsys):
 
 
 def test_what_cannot_run_has_a_reason(monkeypatch, capsys):
-    monkeypatch.setattr(reference, "why_not", lambda x, op: "it rests today" if op == "window_merge" else None)
+    monkeypatch.setattr(reference, "why_not", lambda x, op, tokens: "it rests today" if op == "window_merge" else None)
     ops = ["relative_position_bias", "window_merge"]
     assert run("--op", *ops, "--backend", "reference", "--jobs", "1") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -195,7 +195,7 @@ def test_what_cannot_run_has_a_reason(monkeypatch, capsys):
 
 def test_bfloat16_is_left_out_of_the_interpreter(monkeypatch):
     triton = pytest.importorskip("swinops.kernels")
-    monkeypatch.setattr(triton, "why_not", lambda x, op: None)
+    monkeypatch.setattr(triton, "why_not", lambda x, op, tokens: None)
     for interpreted in (True, False):
         monkeypatch.setattr(triton, "INTERPRETED", interpreted)
         reason = verify.why_not("window_attention_qkvpacked", "triton", torch.bfloat16, "cpu")
