@@ -152,9 +152,9 @@ def test_only_some_steps(gpu, monkeypatch, tmp_path, capsys):
 def test_a_step_that_takes_too_long_is_stopped():
     """It may say how far it came; what it started is stopped with it."""
     patient = "import signal, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('half', flush=True)"
-    row = gpu_check.execute("patient", Step(1, python(patient), said), 2)
-    assert row[:2] == ("patient", "failed") and row.covered == "stopped after 2 s, see --minutes: half"
-    assert 2 <= row.seconds < 12
+    row = gpu_check.execute("patient", Step(1, python(patient), said), 8)  # time to start on a busy machine
+    assert row[:2] == ("patient", "failed") and row.covered == "stopped after 8 s, see --minutes: half"
+    assert 8 <= row.seconds < 30
 
 
 def test_a_step_that_cannot_be_stopped_is_killed(monkeypatch):
@@ -342,9 +342,9 @@ def test_beyond_31_bits(device): pass
     row = outcome(large=False)
     assert row.result == "ok" and row.covered.startswith("2 passed"), row.output
     with (tmp_path / "tests/test_some.py").open("a") as file:
-        file.write("def test_slow(device): time.sleep(60)\n")
-    row = outcome(large=False, seconds=25)
-    assert row.result == "failed" and row.covered.startswith("stopped after 25 s, see --minutes: 2 passed"), row.output
+        file.write("def test_slow(device): time.sleep(300)\n")
+    row = outcome(large=False, seconds=50)
+    assert row.result == "failed" and row.covered.startswith("stopped after 50 s, see --minutes: 2 passed"), row.output
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path / "tests")
     assert outcome(large=False)[1:] == ("skipped", 0.0, "the tests are not installed: run it from a checkout", "")
 
