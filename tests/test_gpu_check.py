@@ -343,8 +343,9 @@ def test_beyond_31_bits(device): pass
     assert row.result == "ok" and row.covered.startswith("2 passed"), row.output
     with (tmp_path / "tests/test_some.py").open("a") as file:
         file.write("def test_slow(device): time.sleep(300)\n")
-    row = outcome(large=False, seconds=50)
-    assert row.result == "failed" and row.covered.startswith("stopped after 50 s, see --minutes: 2 passed"), row.output
+    monkeypatch.setattr(gpu_check, "GRACE", 100)  # a busy machine's
+    row = outcome(large=False, seconds=30)
+    assert row.result == "failed" and row.covered.startswith("stopped after 30 s, see --minutes: 2 passed"), row.output
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path / "tests")
     assert outcome(large=False)[1:] == ("skipped", 0.0, "the tests are not installed: run it from a checkout", "")
 
