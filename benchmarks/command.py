@@ -163,9 +163,9 @@ def check_installed(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> 
             if part in needed:
                 importlib.import_module(needed[part])
         if "models" in parts:
-            from swinops.benchmarks.models import import_timm
+            from swinops.published import import_library
 
-            import_timm()
+            import_library("timm")
     except ImportError as error:
         parser.error(f"the benchmarks need {error.name or error}: pip install 'swinops[bench]'")
 

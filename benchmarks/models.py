@@ -2,15 +2,12 @@
 
 import copy
 import functools
-import importlib.util
 import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +30,7 @@ from swinops.benchmarks.harness import (
     table,
     with_range,
 )
+from swinops.published import import_library
 from swinops.testing import Expected, accuracy
 
 SMALL = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")  # what a CPU is measured on
@@ -114,23 +112,6 @@ class Subject:
         return found
 
 
-def import_timm() -> ModuleType:
-    """timm, also beside a CPU torch whose torchvision was compiled for CUDA and cannot be imported otherwise."""
-    spec = importlib.util.find_spec("torchvision")
-    defined = hasattr(torch.ops.torchvision, "nms")
-    if torch.version.cuda is None and not defined and spec is not None and spec.origin is not None:
-        try:
-            torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
-        except OSError:
-            global torchvision_ops  # the definitions last as long as the library object
-            torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
-            for name in ("nms", "qnms"):
-                torchvision_ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
-
-
 def create(name: str, img_size: int, checkpoint: str | None = None, **options: Any) -> nn.Module:
     """A Swin of timm's in evaluation mode, its parameters from ``checkpoint`` or all random.
 
@@ -139,7 +120,7 @@ def create(name: str, img_size: int, checkpoint: str | None = None, **options: A
     Raises:
         ValueError: there is no such Swin, it takes no such size, or the checkpoint cannot be loaded.
     """
-    timm = import_timm()
+    timm = import_library("timm")
     known = [model for module in MODULES for model in timm.list_models(module=module)]
     if name.partition(".")[0] not in known:
         raise ValueError(f"--model must be one of timm's Swin models ({known[0]}, ...), got {name!r}")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import swinops
 from swinops import backends
 from swinops.benchmarks.harness import Settings, table, why_not_timed
-from swinops.benchmarks.models import import_timm, quiet, randomise
+from swinops.benchmarks.models import quiet, randomise
+from swinops.published import import_library
 from swinops.testing import accuracy
 
 PHOTOGRAPH = Path(__file__).with_name("chelsea.png")
@@ -131,7 +132,7 @@ def demonstrate_interpreted(settings: Settings) -> bool:
 
 def interpreted() -> None:
     """Print as JSON what ``logits_on_photograph`` finds for Triton, and how often its attention was called."""
-    import_timm()
+    import_library("timm")
     from timm.models.swin_transformer import SwinTransformer
 
     from swinops import kernels

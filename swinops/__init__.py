@@ -1,6 +1,6 @@
 """Kernels for shifted-window attention, as differentiable PyTorch ops and drop-in layers."""
 
-from swinops.checkpoints import load_checkpoint
+from swinops.checkpoints import load_checkpoint, save_checkpoint
 from swinops.dropin import check, explain, patch, patched, unpatch
 from swinops.models import create_model, list_models
 from swinops.ops import (
@@ -36,6 +36,7 @@ __all__ = [
     "patch_merging_norm",
     "patched",
     "relative_position_bias",
+    "save_checkpoint",
     "unpatch",
     "window_attention",
     "window_attention_qkvpacked",

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import itertools
 import json
 import os
@@ -10,14 +9,12 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 import swinops
-from swinops import backends, reference, verify
+from swinops import backends, published, reference, verify
 from swinops.backends import choice, cuda
 from swinops.benchmarks import command, gpu_check
 from swinops.text import aligned
@@ -39,10 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     info_parser.add_argument("--json", action="store_true", help="the same as JSON")
     info_parser.set_defaults(run=info)
 
-    summary = "what patch would replace in one of timm's models, and why not the rest"
+    summary = "what patch would replace in a model of timm, torchvision or Transformers, and why not the rest"
     example = "example:\n  swinops explain --model swin_tiny_patch4_window7_224"
     explain_parser = add_command(commands, "explain", summary, example)
-    explain_parser.add_argument("--model", "-m", required=True, metavar="NAME", help="as in timm.list_models()")
+    explain_parser.add_argument(
+        "--model", "-m", required=True, metavar="NAME", help="of timm, torchvision, or Transformers (swinv2)"
+    )
     names = ("auto", *backends.MODULES)
     explain_parser.add_argument("--backend", choices=names, default="auto", help="as in patch (auto)")
     explain_parser.add_argument("--json", action="store_true", help="the same as JSON")
@@ -173,46 +172,21 @@ def _installed(distribution: str) -> str | None:
 
 
 def explain(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    try:
-        from swinops.benchmarks.models import import_timm
-
-        timm = import_timm()
-    except ImportError as error:
-        parser.error(f"swinops explain builds timm's models, and needs {error.name or error}: pip install timm")
-    name = arguments.model
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
-        parser.error(f"--model must be the name of a model in timm {timm.__version__}, got {name!r}: {hint}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = arguments.model
     try:
-        model = hollow(timm, name, device)
-    except (RuntimeError, ValueError) as error:
-        parser.error(f"timm cannot build --model {name}: {error}")
+        library, model = published.build(name, device)
+    except ImportError as error:
+        parser.error(str(error))
+    except ValueError as error:
+        parser.error(f"--model {error}")
     table = swinops.explain(model, backend=arguments.backend)
     if arguments.json:
         rows = [dataclasses.asdict(row) for row in table]
-        print(json.dumps({"model": name, "backend": arguments.backend, "device": device, "modules": rows}, indent=2))
+        facts = {"model": name, "library": library, "backend": arguments.backend, "device": device, "modules": rows}
+        print(json.dumps(facts, indent=2))
         return 0
-    print(f"{name} of timm {timm.__version__} on {device}, backend {arguments.backend}\n\n{table}\n")
+    print(f"{name} of {library} on {device}, backend {arguments.backend}\n\n{table}\n")
     replaced = sum(row.action == "replace" for row in table)
     print(f"swinops.patch would replace {replaced} of the {sum(1 for _ in model.modules())} modules")
     return 0
-
-
-def hollow(timm: ModuleType, name: str, device: str) -> nn.Module:
-    """timm's model without its memory: each parameter is one number, seen as a tensor of the parameter's shape.
-
-    What patch looks at is there: classes, attributes, shapes, dtypes and the device of parameters.
-    """
-    try:
-        with torch.device("meta"):
-            model: nn.Module = timm.create_model(name, pretrained=False)
-    except NotImplementedError:  # older models read the numbers of a tensor while they are built
-        model = timm.create_model(name, pretrained=False)
-    for module in model.modules():
-        for key, x in module._parameters.items():
-            if x is not None:
-                one = torch.zeros((), dtype=x.dtype, device=device)
-                module._parameters[key] = nn.Parameter(one.expand(x.shape), x.requires_grad)
-    return model

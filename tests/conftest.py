@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import shutil
+import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
+
+from swinops.published import define_torchvision_ops
 
 NO_GPU = "needs a GPU, and torch sees none here"
 
@@ -15,20 +17,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before swinops.kernels is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-
-
-def define_torchvision_ops() -> None:
-    """Let torchvision, and timm with it, be imported where its compiled ops cannot: a CUDA build beside a CPU torch."""
-    spec = importlib.util.find_spec("torchvision")
-    if torch.version.cuda is not None or spec is None or spec.origin is None:
-        return
-    try:
-        torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
-    except OSError:
-        global torchvision_ops  # the definitions last as long as the library object
-        torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            torchvision_ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def correct_interpreter() -> None:
@@ -106,6 +94,23 @@ def nan_filled_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned_yet(monkeypatch):
+    """A patched model says why it runs its library's own forward once in a process."""
+    if (swap := sys.modules.get("swinops.dropin.swap")) is not None:
+        monkeypatch.setattr(swap, "warned", set())
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of the reference's attention: it runs wherever a test asks for backend "reference"."""
+    import swinops.reference
+
+    from .timm_swins import count_calls
+
+    return count_calls(monkeypatch, swinops.reference, ("window_attention", "cosine_attention"))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch import nn
 import swinops
 from swinops.dropin import swap
 
+from .dropin_case import close
 from .timm_swins import FAMILIES, blocks, build, image, randomise
 
 timm = pytest.importorskip("timm")
@@ -43,16 +44,6 @@ def gradients(model, x):
     # V2-CR's last bias is one that softmax takes out again: its gradient is nothing but rounding
     parameters = [p for name, p in model.named_parameters() if not name.endswith("meta_mlp.fc2.bias")]
     return torch.autograd.grad(model(x).square().sum(), parameters)
-
-
-def close(actual, expected):
-    """Equal but for the order of float32 sums."""
-    return torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
-
-
-@pytest.fixture(autouse=True)
-def nothing_warned_yet(monkeypatch):
-    monkeypatch.setattr(swap, "warned", set())
 
 
 @pytest.fixture
@@ -575,19 +566,46 @@ class TestLeft:
             swinops.patch(cls())
 
 
-def test_vendored_copy(family, monkeypatch, tmp_path, calls):
-    """A copy of timm's file in somebody's repository, recognised by module suffix, name and attributes."""
-    source = Path(family.load().__file__).read_text().partition("\ndef checkpoint_filter_fn")[0]
-    theirs = f"theirs_{family.name}"
-    (tmp_path / theirs).mkdir()
-    (tmp_path / theirs / f"{family.module}.py").write_text(source.replace("from .", "from timm.models."))
+@pytest.fixture
+def vendored(monkeypatch, tmp_path):
+    """A model of a copy of timm's file in somebody's repository, with one change."""
+
+    def vendored(family, old="", new=""):
+        source = Path(family.load().__file__).read_text().partition("\ndef checkpoint_filter_fn")[0]
+        assert old in source
+        theirs = f"theirs_{family.name}{bool(new)}"
+        (tmp_path / theirs).mkdir()
+        path = tmp_path / theirs / f"{family.module}.py"
+        path.write_text(source.replace(old, new).replace("from .", "from timm.models."))
+        model = build(family, importlib.import_module(f"{theirs}.{family.module}"))
+        assert type(block(model)).__module__ == f"{theirs}.{family.module}"
+        return model
+
     monkeypatch.syspath_prepend(tmp_path)
-    model = build(family, importlib.import_module(f"{theirs}.{family.module}"))
-    assert type(block(model)).__module__ == f"{theirs}.{family.module}"
+    return vendored
+
+
+def test_vendored_copy(family, vendored, calls):
+    """It is recognised by module suffix, name, attributes, and what small blocks compute."""
+    model = vendored(family)
+    swinops.explain(model)
+    calls.clear()
     expected = model(image())
     assert close(swinops.patch(model, "reference")(image()), expected)
     assert len(calls) == 4
     assert torch.equal(pickle.loads(pickle.dumps(model))(image()), model(image()))
+
+
+def test_changed_copy(family, vendored):
+    """Nothing but a number is changed."""
+    old, new = {
+        "v1": ("q = q * self.scale", "q = q * self.scale * 2"),
+        "v2": ("16 * torch.sigmoid", "8 * torch.sigmoid"),
+        "v2_cr": ("1. / 0.01", "1. / 0.02"),
+    }[family.name]
+    rows = swinops.explain(vendored(family, old, new))
+    assert {row.action for row in rows} == {"leave"}
+    assert {row.reason.partition(" than")[0] for row in rows} == {f"its {family.seam} computes something else"}
 
 
 class TestArguments:

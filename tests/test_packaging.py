@@ -124,7 +124,8 @@ def test_wheel_holds_the_package(wheel):
         "swinops/kernels": "kernels",
         "swinops/benchmarks": "benchmarks",
     }.items():
-        assert names >= {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+        files = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py"))
+        assert names >= {f"{package}/{path}" for path in files}
     pictures = {
         f"swinops/benchmarks/{path.name}" for path in (ROOT / "benchmarks").iterdir() if path.suffix in (".jpg", ".png")
     }

@@ -120,36 +120,50 @@ def plan(model: nn.Module, backend: str) -> list[tuple[Row, nn.Module, "type[Swa
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     # here, because torch.compiler imports torch._dynamo, and importing swinops should cost nothing
-    from swinops.dropin import swap, timm, timm_v2
+    from swinops.dropin import swap
+    from swinops.dropin.libraries import SWAPS
 
     found: list[tuple[Row, nn.Module, type[Swapped] | None]] = []
-    companions = []
+    companions, unlike = [], []
     for path, module in model.named_modules():
-        for kind in (*timm.SWAPS, *timm_v2.SWAPS):
-            library = swap.library_class(kind, type(module))
-            if library is None:
-                continue
-            cls: type[Swapped] | None = None
-            used = backend
-            if isinstance(module, swap.Swapped):
-                action, cls, used = "replaced", type(module), module.swinops_backend
-                reason = kind.why_own(module, used)
-            elif (reason := swap.why_left(kind, library, module)) is not None:
-                action = "leave"
-            else:
-                action, cls, used = "replace", swap.swapped_class(kind, type(module)), backend
-                reason = kind.why_own(module, used)
-            if cls is not None and reason is not None:
-                reason = f"own forward for now: {reason}"
-            elif cls is not None and (reason := swap.why_raises(kind.calls(module), used)) is not None:
-                reason = f"raises: {reason}"
-            row = Row(path or "(itself)", type(module).__name__, kind.LIBRARY, action, reason or "")
-            found.append((row, module, cls))
-            if kind.COMPANION:
-                companions.append(row)
+        cls: type[Swapped] | None = None
+        reason: str | None
+        if isinstance(module, swap.Swapped):
+            kind, cls, action = swap.kind_of(module), type(module), "replaced"
+            reason = state(kind, module, module.swinops_backend)
+        elif (entry := swap.recognised(SWAPS, module)) is None:
+            continue
+        elif (reason := swap.why_left(*entry, module)) is not None:
+            kind, action = entry[0], "leave"
+            if swap.missing(kind, module) is not None:
+                unlike.append(module)
+        else:
+            kind, action = entry[0], "replace"
+            cls, reason = swap.swapped_class(kind, type(module)), state(kind, module, backend)
+        row = Row(path or "(itself)", type(module).__name__, kind.LIBRARY, action, reason)
+        found.append((row, module, cls))
+        if kind.COMPANION:
+            companions.append(row)
     if all(cls is None or row in companions for row, _, cls in found):
         found = [entry for entry in found if entry[0] not in companions]
-    return found
+    # what is inside of a module that only has the name tells more: the attention of a copied torchvision block
+    paths = [row.path for row, _, _ in found]
+    return [entry for entry in found if entry[1] not in unlike or not inside(entry[0].path, paths)]
+
+
+def inside(path: str, paths: list[str]) -> bool:
+    """One of ``paths`` is of a submodule of that at ``path``."""
+    return any(path == "(itself)" != other or other.startswith(f"{path}.") for other in paths)
+
+
+def state(kind: "type[Swapped]", module: nn.Module, backend: str) -> str:
+    """What keeps a replaced module from running the op; "" where nothing does."""
+    from swinops.dropin.swap import why_raises
+
+    if (reason := kind.why_own(module, backend)) is not None:
+        return f"own forward for now: {reason}"
+    reason = why_raises(kind.calls(module), backend)
+    return "" if reason is None else f"raises: {reason}"
 
 
 def swapped_modules(model: nn.Module) -> "list[Swapped]":

@@ -1,10 +1,12 @@
 """What the classes that ``patch`` puts on instances have in common."""
 
 import functools
+import inspect
 import operator
 import sys
 import types
 import warnings
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -23,11 +25,14 @@ class Swapped(nn.Module):
     """
 
     LIBRARY: ClassVar[str]
-    MODULE: ClassVar[str]  # where the library defines the class
+    MODULES: ClassVar[tuple[str, ...]]  # where the library defines the class; vendored copies have the last parts
     NAME: ClassVar[str]
     ATTRIBUTES: ClassVar[tuple[str, ...]]  # what an instance must have, dotted
     OVERRIDES: ClassVar[tuple[str, ...]]  # the library's methods that are replaced; each remains as library_<name>
     KEPT: ClassVar[tuple[str, ...]]  # further methods that must be the library's, for the overrides rely on them
+    # for methods that an override has in its own words, the arguments ("x?": not in every version) and the names that
+    # the library's may use
+    CODE: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     COMPANION: ClassVar[bool]  # replaced only in a model where another module is
 
     original: ClassVar[type[nn.Module]]
@@ -36,8 +41,7 @@ class Swapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # swapped_class made the class, so pickle would not find it by its name
         parts = super().__reduce_ex__(2)
-        kind = next(base for base in type(self).__bases__ if issubclass(base, Swapped))
-        return rebuild, (kind, self.original), *parts[2:]
+        return rebuild, (kind_of(self), self.original), *parts[2:]
 
     def is_last_swap(self) -> bool:
         """Nobody has swapped the class again."""
@@ -62,31 +66,89 @@ class Swapped(nn.Module):
         return []
 
 
+def kind_of(module: Swapped) -> type[Swapped]:
+    """The class in this package that ``module`` was given."""
+    return next(kind for (kind, _), cls in CLASSES.items() if isinstance(module, cls))
+
+
+# a class of one of these is recognised by identity alone: some have the file and class names of others
+PACKAGES = ("timm", "torchvision", "transformers", "monai")
+
+
 def library_class(kind: type[Swapped], cls: type[nn.Module]) -> type[nn.Module] | None:
     """The library's class that ``cls`` is or inherits: by identity, or by module suffix and name in a vendored copy."""
-    own = getattr(sys.modules.get(kind.MODULE), kind.NAME, None)
-    suffix = kind.MODULE.rpartition(".")[2]
+    own = [getattr(sys.modules.get(module), kind.NAME, None) for module in kind.MODULES]
+    suffixes = [module.rpartition(".")[2] for module in kind.MODULES]
     for base in cls.__mro__:
-        if base is own or (base.__name__ == kind.NAME and base.__module__.rpartition(".")[2] == suffix):
+        package, suffix = base.__module__.partition(".")[0], base.__module__.rpartition(".")[2]
+        if base in own or (base.__name__ == kind.NAME and suffix in suffixes and package not in PACKAGES):
             return base
     return None
 
 
-def why_left(kind: type[Swapped], library: type[nn.Module], module: nn.Module) -> str | None:
-    """Why an instance of ``library`` or of a subclass cannot be replaced; None where it can."""
+def missing(kind: type[Swapped], module: nn.Module) -> str | None:
+    """The first of ``kind.ATTRIBUTES`` that ``module`` lacks."""
     for name in kind.ATTRIBUTES:
         try:
             operator.attrgetter(name)(module)
         except AttributeError:
-            return f"it has no {name}, unlike {kind.LIBRARY}'s {kind.NAME}"
+            return name
+    return None
+
+
+def recognised(kinds: Iterable[type[Swapped]], module: nn.Module) -> tuple[type[Swapped], type[nn.Module]] | None:
+    """Which of ``kinds`` is for ``module``, and the library's class; of several of its name, the one it has all of."""
+    found = [(kind, library) for kind in kinds if (library := library_class(kind, type(module))) is not None]
+    # what goes with a block may have a name that other libraries have, too
+    found = [(kind, library) for kind, library in found if not kind.COMPANION or missing(kind, module) is None]
+    return next((entry for entry in found if missing(entry[0], module) is None), found[0] if found else None)
+
+
+def why_left(kind: type[Swapped], library: type[nn.Module], module: nn.Module) -> str | None:
+    """Why an instance of ``library`` or of a subclass cannot be replaced; None where it can."""
+    if (name := missing(kind, module)) is not None:
+        return f"it has no {name}, unlike {kind.LIBRARY}'s {kind.NAME}"
     for name in ("forward", *kind.OVERRIDES, *kind.KEPT):
         if name in vars(module):
             return f"its {name} was replaced on the instance"
-        if getattr(type(module), name) is not getattr(library, name):
+        if not same_method(getattr(type(module), name), getattr(library, name)):
             return f"its class overrides {name}"
         if getattr(library, name).__module__ != library.__module__:
             return f"{name} of {library.__name__} was replaced in the library"
+    for path, arguments, names in kind.CODE:
+        if (reason := why_unknown(module, path, arguments, names)) is not None:
+            return f"{reason}, unlike that of {kind.LIBRARY}'s {kind.NAME}"
     return kind.why_left(module)
+
+
+def same_method(f: Any, g: Any) -> bool:
+    """Transformers wraps the ``forward`` of every subclass of its layers, overridden or not."""
+    return f is g or (getattr(f, "__code__", f) is getattr(g, "__code__", g) and inspect.unwrap(f) is inspect.unwrap(g))
+
+
+def why_unknown(module: nn.Module, path: str, arguments: str, names: str) -> str | None:
+    """Why a method is not the published one, by its arguments and the names that it uses; None where it may be.
+
+    Vendored files are changed: a scale on a residual has to be seen, for the override would not have it. ``path`` may
+    also name a function of the file that ``forward`` is in; its first argument is no more compared than ``self`` is.
+    """
+    owner, _, name = path.rpartition(".")
+    cls: Any = type(operator.attrgetter(owner)(module) if owner else module)
+    method = getattr(cls, name, None) or inspect.unwrap(cls.forward).__globals__.get(name)
+    if method is None:
+        return f"it has no {path}"
+    f = inspect.unwrap(method)
+    taken = list(inspect.signature(f).parameters)[1:]
+    if taken != [x.rstrip("?") for x in arguments.split() if not x.endswith("?") or x[:-1] in taken]:
+        return f"its {path} takes {', '.join(inspect.signature(f).parameters)}"
+    unknown = sorted(names_in(f.__code__) - set(names.split()))
+    return f"its {path} uses {', '.join(unknown)}" if unknown else None
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """Globals and attributes."""
+    nested = [names_in(x) for x in code.co_consts if isinstance(x, types.CodeType)]
+    return set(code.co_names).union(*nested)
 
 
 CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}

@@ -1,0 +1,6 @@
+"""Every class that ``patch`` replaces, by library."""
+
+from swinops.dropin import timm, timm_v2
+from swinops.dropin.swap import Swapped
+
+SWAPS: tuple[type[Swapped], ...] = (*timm.SWAPS, *timm_v2.SWAPS)
