@@ -1,11 +1,12 @@
 """Every class that ``patch`` replaces, by library."""
 
-from swinops.dropin import timm, timm_maxxvit, timm_v2, torchvision
+from swinops.dropin import microsoft, timm, timm_maxxvit, timm_v2, torchvision
 from swinops.dropin.swap import Swapped
 
 SWAPS: tuple[type[Swapped], ...] = (
     *timm.SWAPS,
     *timm_v2.SWAPS,
     *timm_maxxvit.SWAPS,
+    *microsoft.SWAPS,
     *torchvision.SWAPS,
 )
