@@ -1,6 +1,6 @@
 """Every class that ``patch`` replaces, by library."""
 
-from swinops.dropin import microsoft, timm, timm_maxxvit, timm_v2, torchvision
+from swinops.dropin import microsoft, monai, timm, timm_maxxvit, timm_v2, torchvision, video_swin
 from swinops.dropin.swap import Swapped
 
 SWAPS: tuple[type[Swapped], ...] = (
@@ -8,5 +8,7 @@ SWAPS: tuple[type[Swapped], ...] = (
     *timm_v2.SWAPS,
     *timm_maxxvit.SWAPS,
     *microsoft.SWAPS,
+    *video_swin.SWAPS,
     *torchvision.SWAPS,
+    *monai.SWAPS,
 )
