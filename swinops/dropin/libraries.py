@@ -1,6 +1,6 @@
 """Every class that ``patch`` replaces, by library."""
 
-from swinops.dropin import microsoft, monai, timm, timm_maxxvit, timm_v2, torchvision, video_swin
+from swinops.dropin import detection, microsoft, monai, timm, timm_maxxvit, timm_v2, torchvision, video_swin
 from swinops.dropin.swap import Swapped
 
 SWAPS: tuple[type[Swapped], ...] = (
@@ -9,6 +9,7 @@ SWAPS: tuple[type[Swapped], ...] = (
     *timm_maxxvit.SWAPS,
     *microsoft.SWAPS,
     *video_swin.SWAPS,
+    *detection.SWAPS,
     *torchvision.SWAPS,
     *monai.SWAPS,
 )
