@@ -1,6 +1,6 @@
 """Every class that ``patch`` replaces, by library."""
 
-from swinops.dropin import detection, microsoft, monai, timm, timm_maxxvit, timm_v2, torchvision, video_swin
+from swinops.dropin import detection, microsoft, monai, swinir, timm, timm_maxxvit, timm_v2, torchvision, video_swin
 from swinops.dropin.swap import Swapped
 
 SWAPS: tuple[type[Swapped], ...] = (
@@ -10,6 +10,7 @@ SWAPS: tuple[type[Swapped], ...] = (
     *microsoft.SWAPS,
     *video_swin.SWAPS,
     *detection.SWAPS,
+    *swinir.SWAPS,
     *torchvision.SWAPS,
     *monai.SWAPS,
 )
