@@ -1,6 +1,6 @@
 """Every class that ``patch`` replaces, by library."""
 
-from swinops.dropin import detection, microsoft, monai, swinir, timm, timm_maxxvit, timm_v2, torchvision, video_swin
+from swinops.dropin import detection, microsoft, mm, monai, swinir, timm, timm_maxxvit, timm_v2, torchvision, video_swin
 from swinops.dropin.swap import Swapped
 
 SWAPS: tuple[type[Swapped], ...] = (
@@ -11,6 +11,7 @@ SWAPS: tuple[type[Swapped], ...] = (
     *video_swin.SWAPS,
     *detection.SWAPS,
     *swinir.SWAPS,
+    *mm.SWAPS,
     *torchvision.SWAPS,
     *monai.SWAPS,
 )
