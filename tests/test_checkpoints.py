@@ -1,28 +1,37 @@
 """Checkpoints of other libraries: every tensor arrives where it belongs, or nothing changes and the error says why."""
 
 import argparse
+import json
 import logging
+import math
 import os
 import pickle
 import re
+import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from swinops import create_model, list_models
+from swinops import create_model, list_models, save_checkpoint
 from swinops.benchmarks.models import randomise
-from swinops.checkpoints import load_checkpoint, microsoft, torchvision, transformers
-from swinops.checkpoints.loading import BUFFERS, COORDINATES
+from swinops.checkpoints import load_checkpoint, microsoft, openmmlab, saving, torchvision, transformers
+from swinops.checkpoints.configuration import arguments, difference
+from swinops.checkpoints.loading import BUFFERS, COORDINATES, SOURCES, name_of
+from swinops.models import MODELS
 from swinops.models.swin import SwinTransformer
 from swinops.models.swinv2 import SwinTransformerV2
+from swinops.testing import assert_accurate, random_tensor
 
 from . import microsoft_swin
 
 SMALL = dict(img_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5)
 TABLE = "layers.0.blocks.1.attn.relative_position_bias_table"
 OURS = {1: SwinTransformer, 2: SwinTransformerV2}
+LIBRARIES = ["microsoft", "timm", "torchvision", "transformers", "openmmlab"]
 MICROSOFT = {1: microsoft_swin.SwinTransformer, 2: microsoft_swin.SwinTransformerV2}
 
 
@@ -45,12 +54,52 @@ def torchvision_model(version, **options):
     return randomise(swin.SwinTransformer(patch_size=[4, 4], **{**small, "window_size": [4, 4], **options}))
 
 
-def transformers_model(version, kind="ForImageClassification"):
-    """Transformers' class of the size ``SMALL``, random."""
+def transformers_model(version, kind="ForImageClassification", **options):
+    """Transformers' class of the size ``SMALL``, random, or with other options as it takes them."""
     library, name = pytest.importorskip("transformers"), "Swin" if version == 1 else "Swinv2"
     small = {"num_labels" if key == "num_classes" else key: value for key, value in SMALL.items()}
-    config = getattr(library, f"{name}Config")(image_size=small.pop("img_size"), **small)
+    config = getattr(library, f"{name}Config")(image_size=small.pop("img_size"), **small, **options)
     return randomise(getattr(library, f"{name}{kind}")(config))
+
+
+class UnfoldMerging(nn.Module):
+    """Patch merging as OpenMMLab has it: nn.Unfold joins 2 x 2 tokens, and a channel's four numbers are neighbours."""
+
+    def __init__(self, reduction, norm, reduction_first):
+        super().__init__()
+        self.reduction, self.norm, self.reduction_first = reduction, norm, reduction_first
+
+    def forward(self, x):
+        """[B, H * W, C] of a square -> [B, H * W / 4, 2 * C]"""
+        H = math.isqrt(x.shape[1])
+        x = nn.Unfold(2, stride=2)(x.transpose(1, 2).unflatten(2, (H, H))).transpose(1, 2)
+        return self.norm(self.reduction(x)) if self.reduction_first else self.reduction(self.norm(x))
+
+
+def openmmlab_model(version, **options):
+    """MMPretrain's of the size ``SMALL``, random: Microsoft's but for patch merging, and for the names (see below)."""
+    model = build(MICROSOFT[version], **options)
+    merging = model.layers[0].downsample
+    model.layers[0].downsample = UnfoldMerging(merging.reduction, merging.norm, version == 2)
+    return model
+
+
+def openmmlab_names(model, version):
+    """The state dict of ``openmmlab_model`` by MMPretrain's names. V2's merging begins a stage, V1's ends one."""
+    renamed = {}
+    for name, x in model.state_dict().items():
+        if version == 2:
+            name = name.replace("layers.0.downsample.", "layers.1.downsample.")
+        name = name.replace("layers.", "stages.").replace("patch_embed.proj.", "patch_embed.projection.")
+        name = name.replace(".attn.", ".attn.w_msa.")
+        name = name.replace(".mlp.fc1.", ".ffn.layers.0.0.").replace(".mlp.fc2.", ".ffn.layers.1.")
+        name = f"backbone.norm1.{name[5:]}" if name.startswith("norm.") else f"backbone.{name}"
+        renamed[name.replace("backbone.head.", "head.fc.")] = x
+    return renamed
+
+
+def names_of(library, model, version):
+    return openmmlab_names(model, version) if library == "openmmlab" else model.state_dict()
 
 
 def model_of(library, version):
@@ -59,6 +108,8 @@ def model_of(library, version):
         return torchvision_model(version)
     if library == "transformers":
         return transformers_model(version)
+    if library == "openmmlab":
+        return openmmlab_model(version)
     return build(timm_class(version) if library == "timm" else MICROSOFT[version])
 
 
@@ -231,6 +282,222 @@ def test_transformers_without_classifier(version, log):
     head = {name: x for name, x in copy(model).items() if name.startswith("head.")}
     assert_loaded(load_checkpoint(model, theirs.state_dict(), skip_head=True), expected | head)
     assert not log()
+
+
+TRANSFORMERS_NAMES = {
+    ("memory", 1): "swin.encoder.layers.0.blocks.0.attention.q_proj.weight",
+    ("memory", 2): "swinv2.encoder.layers.0.blocks.0.attention.self.query.weight",
+    ("disk", 1): "swin.encoder.layers.0.blocks.0.attention.self.query.weight",
+    ("disk", 2): "swinv2.encoder.layers.0.blocks.0.attention.self.query.weight",
+}
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_names(version, place, tmp_path, log):
+    """Old and new ones, with the prefix, without, and below another, in a folder of either kind of file."""
+    theirs = transformers_model(version)
+    state = theirs.state_dict()
+    if place == "disk":
+        theirs.save_pretrained(tmp_path / "safetensors")
+        state = pytest.importorskip("safetensors.torch").load_file(tmp_path / "safetensors/model.safetensors")
+        assert_loaded(
+            load_checkpoint(build(OURS[version], seed=1), tmp_path / "safetensors"), from_transformers(theirs)
+        )
+    assert TRANSFORMERS_NAMES[place, version] in state
+    bare = {name.removeprefix("swin.").removeprefix("swinv2."): x for name, x in state.items()}
+    below = {f"base_model.model.{name}": x for name, x in state.items()}
+    for n, names in enumerate((state, bare, below)):
+        (tmp_path / f"{n}").mkdir()
+        save(names, tmp_path / f"{n}" / "pytorch_model.bin")
+        model = load_checkpoint(build(OURS[version], seed=1), tmp_path / f"{n}", "transformers")
+        assert_loaded(model, from_transformers(theirs))
+    assert not log()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_masked_images(version, log):
+    theirs = transformers_model(version, "ForMaskedImageModeling")
+    expected = from_transformers(theirs)
+    assert_loaded(load_checkpoint(build(OURS[version], seed=1, num_classes=0), theirs.state_dict()), expected)
+    assert log() == ["the checkpoint: left out mask_token, decoder.*, which the model does not have"]
+
+
+def test_transformers_backbone(log):
+    """Its norms are those of the feature maps, and the last one's is the model's."""
+    library = pytest.importorskip("transformers")
+    small = dict(image_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4)
+    config = library.SwinConfig(**small, out_features=["stage1", "stage2"])
+    theirs = randomise(library.SwinBackbone(config)).state_dict()
+    # the backbone's own last norm, which it has and never calls, must not be taken for the map's
+    theirs = {name: x for name, x in theirs.items() if not name.startswith("swin.layernorm.")}
+    model = load_checkpoint(build(seed=1, num_classes=0), theirs)
+    assert torch.equal(model.norm.weight, theirs["hidden_states_norms.stage2.weight"])
+    assert torch.equal(model.norm.bias, theirs["hidden_states_norms.stage2.bias"])
+    assert log() == ["the checkpoint: left out norm0.*, which the model does not have"]
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_transformers_positions(place, tmp_path):
+    theirs = transformers_model(1, use_absolute_embeddings=True)
+    if place == "disk":
+        theirs.save_pretrained(tmp_path)
+    model = build(seed=1, absolute_pos_embed=True)
+    load_checkpoint(model, tmp_path if place == "disk" else theirs.state_dict())
+    assert torch.equal(model.absolute_pos_embed, theirs.swin.embeddings.position_embeddings)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_openmmlab_file(version, tmp_path, log, monkeypatch):
+    """The permuted merging is seen in the outputs, and not to permute it too."""
+    theirs, x = openmmlab_model(version).eval(), random_tensor((2, 3, 32, 32), 3)
+    path = save({"meta": {"epoch": 3}, "state_dict": openmmlab_names(theirs, version)}, tmp_path / "swin.pth")
+    model = build(OURS[version], seed=1).eval()
+    assert load_checkpoint(model, path) is model
+    assert not log()
+    plain, exact = theirs(x), theirs.double()(x.double())
+    assert_accurate(model(x), plain, exact, "logits")
+    monkeypatch.setattr(openmmlab, "merged", lambda x: x)
+    with pytest.raises(AssertionError, match="logits"):
+        assert_accurate(load_checkpoint(model, path)(x), plain, exact, "logits")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_openmmlab_parameters(version):
+    """Each is Microsoft's by another name, but for the order of merged channels."""
+    theirs = openmmlab_model(version)
+    expected = from_microsoft(theirs.state_dict())
+    merging = "layers.1.downsample."
+    # Microsoft's order: the upper left token's channels, those of the one below it, right of it, and of the last
+    tokens = [0, 2, 1, 3]
+    order = torch.tensor([4 * channel + token for token in tokens for channel in range(16)])
+    expected[f"{merging}reduction.weight"] = expected[f"{merging}reduction.weight"][:, order]
+    if version == 1:
+        for name in (f"{merging}norm.weight", f"{merging}norm.bias"):
+            expected[name] = expected[name][order]
+    assert_loaded(load_checkpoint(build(OURS[version], seed=1), openmmlab_names(theirs, version)), expected)
+
+
+@pytest.mark.parametrize("library", ["microsoft", "openmmlab"])
+@pytest.mark.parametrize("features_only", [True, False])
+def test_detection_file(library, features_only, log):
+    """A backbone with a norm for each map and an image of positions, and what stands beside it."""
+    theirs = model_of(library, 1)
+    plain = load_checkpoint(build(seed=2), names_of(library, theirs, 1)).state_dict()
+    state = {name.removeprefix("backbone."): x for name, x in names_of(library, theirs, 1).items()}
+    norm = "norm" if library == "microsoft" else "norm1"
+    last = {f"norm1.{kind}": state.pop(f"{norm}.{kind}") for kind in ("weight", "bias")}
+    state = {name: x for name, x in state.items() if not name.startswith("head.")} | last
+    state |= {"norm0.weight": torch.ones(16), "norm0.bias": torch.ones(16)}
+    state["absolute_pos_embed"] = random_tensor((1, 16, 8, 8), 5)
+    state = {f"backbone.{name}": x for name, x in state.items()} | {
+        "neck.weight": torch.ones(2),
+        "rpn.b": torch.ones(1),
+    }
+    model = build(seed=1, features_only=features_only, absolute_pos_embed=True)
+    if not features_only:
+        with unchanged(model), pytest.raises(ValueError, match=r"missing: head\.fc\.weight, head\.fc\.bias; skip_head"):
+            load_checkpoint(model, {"state_dict": state})
+        plain |= {name: x for name, x in copy(model).items() if name.startswith("head.")}
+    load_checkpoint(model, {"state_dict": state}, skip_head=not features_only)
+    positions = state["backbone.absolute_pos_embed"][0].flatten(1).t()[None]
+    expected = {"absolute_pos_embed": positions, **plain}
+    assert_same(model.state_dict(), {name: expected[name] for name in model.state_dict()})
+    assert len(log()) == 1
+    assert log()[0].startswith("the checkpoint: left out neck.*, rpn.*, beside backbone.*; left out norm")
+    assert set(re.findall(r"norm\d*\.\*", log()[0])) == ({"norm0.*", "norm.*"} if features_only else {"norm0.*"})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_simmim_file(version, tmp_path, log):
+    """Its encoder, which Transformers' models have too, and the decoder beside it."""
+    theirs = build(MICROSOFT[version]).state_dict()
+    expected = {name: x for name, x in from_microsoft(theirs).items() if not name.startswith("head.")}
+    state = {f"encoder.{name}": x for name, x in theirs.items() if not name.startswith("head.")}
+    state |= {"encoder.mask_token": torch.ones(1, 1, 16), "decoder.0.weight": torch.ones(8, 32, 1, 1)}
+    path = save({"model": state, "epoch": 799}, tmp_path / "simmim.pth")
+    assert_loaded(load_checkpoint(build(OURS[version], seed=1, num_classes=0), path, "microsoft"), expected)
+    left = "left out decoder.*, beside encoder.*; left out mask_token, which the model does not have"
+    assert log() == [f"{path}: {left}"]
+
+
+def test_the_head_of_the_model_itself(log):
+    """And not another beside it: OpenMMLab's alone is there."""
+    source, model = build(), build(seed=1)
+    state = {f"model.{name}": x for name, x in source.state_dict().items()} | {"head.fc.weight": torch.ones(5, 32)}
+    assert_same(load_checkpoint(model, state).state_dict(), source.state_dict())
+    assert log() == ["the checkpoint: left out head.*, beside model.*"]
+
+
+def test_two_models_in_one_file():
+    state = build().state_dict()
+    both = {f"{role}.{name}": x for role in ("student", "teacher") for name, x in state.items()}
+    model = build(seed=1)
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"must hold one Swin, got student\.\*, teacher\.\*: pass one"),
+    ):
+        load_checkpoint(model, both)
+
+
+def test_torchvision_ignores_the_bias_of_keys():
+    """Its V2 has one, which it sets to zero when it runs."""
+    theirs = torchvision_model(2).eval()
+    with torch.no_grad():
+        for name, x in theirs.named_parameters():
+            if name.endswith("qkv.bias"):
+                x.view(3, -1)[1] = 7
+    model, x = build(SwinTransformerV2, seed=1).eval(), random_tensor((2, 3, 32, 32), 3)
+    load_checkpoint(model, theirs.state_dict())
+    with torch.no_grad():
+        plain, exact = theirs(x), theirs.double()(x.double())
+        assert_accurate(model(x), plain, exact, "logits")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("version", [1, 2])
+def test_source(version, library):
+    """Told by the names, taken where it is right, and where it is wrong an error that says what is right."""
+    state = names_of(library, model_of(library, version), version)
+    expected = load_checkpoint(build(OURS[version], seed=1), state).state_dict()
+    model = build(OURS[version], seed=2)
+    assert sorted(map(name_of, SOURCES)) == sorted(LIBRARIES)
+    for source in LIBRARIES:
+        if source != library:
+            with unchanged(model), pytest.raises(ValueError) as error:
+                load_checkpoint(model, state, source)
+            right = f"source must be 'auto' or '{library}', by the names in the checkpoint, got '{source}'"
+            assert str(error.value) == right
+    assert_same(load_checkpoint(model, state, library).state_dict(), expected)
+
+
+def test_unknown_source():
+    model = build()
+    with unchanged(model), pytest.raises(ValueError, match=r"source must be 'auto', 'torchvision', .* got 'keras'$"):
+        load_checkpoint(model, build(seed=1).state_dict(), "keras")
+    with unchanged(model), pytest.raises(ValueError, match=r"known, which is none, by the names .* got 'timm'$"):
+        load_checkpoint(model, {"a.weight": torch.ones(1)}, source="timm")
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_one_stage(head):
+    """Without a head, Microsoft's and timm's names are the same."""
+    sizes = dict(depths=(2,), num_heads=(2,), num_classes=5 if head else 0)
+    theirs = build(microsoft_swin.SwinTransformer, **sizes | dict(num_classes=5)).state_dict()
+    if not head:
+        theirs = {name: x for name, x in theirs.items() if not name.startswith("head.")}
+    for source in ("auto", "microsoft") if head else ("auto", "microsoft", "timm"):
+        model = load_checkpoint(build(seed=1, **sizes), theirs, source)
+        assert torch.equal(model.norm.weight, theirs["norm.weight"])
+
+
+@pytest.mark.parametrize("wrap", ["module", "_orig_mod"])
+def test_wrapped_model(wrap):
+    model = nn.Module()
+    model.add_module(wrap, build())
+    with unchanged(model), pytest.raises(ValueError, match=rf"the model itself, got a Module: pass model\.{wrap}$"):
+        load_checkpoint(model, build(seed=1).state_dict())
 
 
 @pytest.mark.parametrize("key", [None, torch.ones(16, 8), torch.ones(16, 16, device="meta")])
@@ -457,9 +724,7 @@ def test_features_only(log):
     model = load_checkpoint(build(seed=1, features_only=True), theirs)
     expected = {name: x for name, x in from_microsoft(theirs).items() if not name.startswith(("norm.", "head."))}
     assert_same(model.state_dict(), {name: expected[name] for name in model.state_dict()})
-    assert log() == [
-        "the checkpoint: left out norm.*, which the model does not have; left out head.*, which the model does not have"
-    ]
+    assert log() == ["the checkpoint: left out norm.*, head.*, which the model does not have"]
 
 
 def test_another_window_of_v2(log):
@@ -470,11 +735,11 @@ def test_another_window_of_v2(log):
     assert not log()
 
 
-@pytest.mark.parametrize("library", ["microsoft", "timm", "torchvision", "transformers"])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_other_version(version, library):
     other = 3 - version
-    state = model_of(library, other).state_dict()
+    state = names_of(library, model_of(library, other), other)
     model = build(OURS[version])
     with unchanged(model), pytest.raises(ValueError) as error:
         load_checkpoint(model, state)
@@ -619,9 +884,22 @@ def test_training_arguments(tmp_path):
 
 
 def test_no_such_file(tmp_path):
-    for path in (tmp_path / "swin.pth", tmp_path / "swin.safetensors", tmp_path, "https://example.com/swin.pth"):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
-            load_checkpoint(build(), path)
+    model = build()
+    for path in (tmp_path / "swin.pth", tmp_path / "swin.safetensors", "https://example.com/swin.pth"):
+        with unchanged(model), pytest.raises(FileNotFoundError, match="there is no file"):
+            load_checkpoint(model, path)
+    with (
+        unchanged(model),
+        pytest.raises(FileNotFoundError, match=r"model\.safetensors or pytorch_model\.bin, and .* neither"),
+    ):
+        load_checkpoint(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_parameters_in_several_files(name, tmp_path):
+    (tmp_path / f"{name}.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"must hold one file of parameters, and {name} is in several"):
+        load_checkpoint(build(), tmp_path)
 
 
 def test_whole_model(tmp_path):
@@ -633,16 +911,92 @@ def test_whole_model(tmp_path):
         load_checkpoint(build(), path)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("contents", ["empty", "text", "truncated", "pickle"])
+NO_CHECKPOINTS = {
+    "empty": (lambda whole: b"", r"is empty$"),
+    "page": (lambda whole: b"\n<!DOCTYPE html><html>not found</html>" * 9, r"is a web page$"),
+    "pointer": (
+        lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        r"is a pointer of Git LFS",
+    ),
+    "text": (lambda whole: b"not found", r"cannot be read: it is neither of torch\.save nor safetensors"),
+    "end": (lambda whole: whole[:-999], r"cannot be read: \S|is no whole safetensors file: \S"),
+    "start": (lambda whole: whole[:40], r"cannot be read: \S|is no whole safetensors file: \S"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".old.pth", ".safetensors"])
+@pytest.mark.parametrize("contents", NO_CHECKPOINTS)
 def test_no_checkpoint(contents, suffix, tmp_path):
-    path = save(build().state_dict(), tmp_path / f"swin{suffix}")
-    data = {"empty": b"", "text": b"<html>not found</html>\n" * 9, "truncated": path.read_bytes()[:-999]}
-    data["pickle"] = pickle.dumps({"model": 1}, protocol=2)
-    path.write_bytes(data[contents])
+    path, state = tmp_path / f"swin{suffix}", build(seed=1).state_dict()
+    if suffix == ".old.pth":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        save(state, path)
+    change, reason = NO_CHECKPOINTS[contents]
+    path.write_bytes(change(path.read_bytes()))
     model = build()
-    with unchanged(model), pytest.raises(ValueError, match=rf"swin\{suffix}"):
+    with unchanged(model), pytest.raises(ValueError, match=reason) as error:
         load_checkpoint(model, path)
+    assert str(error.value).startswith(f"{path} must be a checkpoint, and ")
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_state_dict_in_a_pickle(tmp_path):
+    path, model = tmp_path / "swin.pth", build()
+    path.write_bytes(pickle.dumps({"model": 1}, protocol=2))
+    with unchanged(model), pytest.raises(ValueError, match=r"swin\.pth must (be a checkpoint|hold)"):
+        load_checkpoint(model, path)
+
+
+def test_the_contents_tell_the_kind_of_file(tmp_path):
+    """Files get renamed."""
+    state = build().state_dict()
+    for suffix, other in ((".pth", ".safetensors"), (".safetensors", ".pth")):
+        path = save(state, tmp_path / f"swin{suffix}").rename(tmp_path / f"renamed{other}")
+        assert_same(load_checkpoint(build(seed=1), path).state_dict(), state)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript:UserWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_model(tmp_path):
+    path, model = tmp_path / "swin.pt", build()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"swin\.pt .* it is a TorchScript archive, which holds code$"),
+    ):
+        load_checkpoint(model, path)
+
+
+def test_other_tensors(tmp_path):
+    """What cannot be copied is found before anything is."""
+    model, state = build(), build(seed=1).state_dict()
+    state["norm.weight"] = state["norm.weight"].to_sparse()
+    path = save(state, tmp_path / "swin.pth")
+    with unchanged(model), pytest.raises(ValueError, match=r"must hold dense tensors, got others for norm\.weight$"):
+        load_checkpoint(model, path)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("version", [1, 2])
+def test_tensors_without_a_shape(version, library):
+    """Not one converter may fail in its own way."""
+    model, state = build(OURS[version]), names_of(library, model_of(library, version), version)
+    with unchanged(model), pytest.raises(ValueError, match="does not fit SwinTransformer"):
+        load_checkpoint(model, {name: torch.ones(()) for name in state})
+
+
+@pytest.mark.parametrize("table", [(), (1, 1, 1, 1), (0, 3, 3, 2)], ids=str)
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30, math.nan, math.inf])
+@pytest.mark.parametrize("version", [1, 2])
+def test_strange_coordinates(version, value, table):
+    """They are looked at for a line of the log alone."""
+    state = build(OURS[version]).state_dict()
+    state["layers.0.blocks.0.attn.relative_coords_table"] = torch.full(table or (1, 3, 3, 2), value)
+    load_checkpoint(build(OURS[version], seed=1), state)
+
+
+HELD_BY_ITSELF = {}
+HELD_BY_ITSELF["model"] = HELD_BY_ITSELF
 
 
 @pytest.mark.parametrize(
@@ -653,6 +1007,7 @@ def test_no_checkpoint(contents, suffix, tmp_path):
         ({"epoch": 3, "optimizer": {}}, r"tensors by name.* got 'epoch' \(int\), 'optimizer' \(dict\)"),
         ({"state_dict_ema": {"norm.bias": torch.ones(2)}}, r"tensors by name.* got 'state_dict_ema' \(dict\)"),
         ({"model": {}}, "tensors by name.* got nothing"),
+        (HELD_BY_ITSELF, r"tensors by name.* got 'model' \(dict\)"),
         ({"model": {0: torch.ones(2)}}, r"tensors by name.* got 0 \(Tensor\)"),
     ],
 )
@@ -674,3 +1029,300 @@ def test_argument_types():
         load_checkpoint({}, {})
     with pytest.raises(TypeError, match="checkpoint must be a path or a state dict, got int"):
         load_checkpoint(build(), 3)
+
+
+CASES = {
+    "sizes": (SwinTransformer, dict(img_size=(36, 52), patch_size=(4, 2), in_chans=1, window_size=(3, 5))),
+    "settings": (
+        SwinTransformer,
+        dict(mlp_ratio=2.7, drop_path_rate=0.3, pad_order="roll_pad", absolute_pos_embed=True),
+    ),
+    "rounded": (SwinTransformer, dict(embed_dim=49, num_heads=(7, 7), mlp_ratio=1 / 49 + 1e-9)),
+    "one block": (SwinTransformer, dict(depths=(1,), num_heads=(2,), num_classes=0)),
+    "small": (SwinTransformer, dict(img_size=8, window_size=7, depths=(2, 1, 2), num_heads=(1, 2, 4))),
+    "maps": (SwinTransformer, dict(features_only=True)),
+    "v2": (SwinTransformerV2, dict(mlp_ratio=3.5, log_spaced=False, features_only=True)),
+    "norms": (SwinTransformerV2, dict(depths=(2, 7), extra_norm_period=3, drop_path_rate=0.37)),
+    "pretrained": (SwinTransformerV2, dict(window_size=(6, 4), pretrained_window_sizes=(3, (5, 2)))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_round_trip(case, tmp_path, log):
+    """The same model from the folder alone: its class, parameters, settings, and so its outputs, bit for bit."""
+    cls, options = CASES[case]
+    model = build(cls, **options).eval()
+    assert_same_model(model, tmp_path / "swin")
+    other = load_checkpoint(build(cls, seed=1, **options), tmp_path / "swin")
+    assert_same(other.state_dict(), model.state_dict())
+    assert not log()
+
+
+def assert_same_model(model, path):
+    """Saves it, makes it again, and compares."""
+    save_checkpoint(model, path)
+    again = create_model(checkpoint=path).eval()
+    assert type(again) is type(model)
+    assert arguments(again) == arguments(model)
+    assert_same(again.state_dict(), model.state_dict())
+    assert [x.dtype for x in again.parameters()] == [x.dtype for x in model.parameters()]
+    blocks, copies = ([block for layer in each.layers for block in layer.blocks] for each in (model, again))
+    assert [block.drop_path.rate for block in copies] == pytest.approx([block.drop_path.rate for block in blocks])
+    assert [repr(block.attn) for block in copies] == [repr(block.attn) for block in blocks]
+    x = random_tensor((1, model.patch_embed.proj.in_channels, 40, 28), 3).to(next(model.parameters()).dtype)
+    out, expected = again(x), model(x)
+    for actual, exact in zip(out, expected, strict=True):
+        assert torch.equal(actual, exact)
+    assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_round_trip_of_a_dtype(dtype, tmp_path):
+    assert_same_model(build().to(dtype).eval(), tmp_path / "swin")
+
+
+@torch.no_grad()
+def test_round_trip_after_changes(tmp_path):
+    """What the model is now is kept, and not what it was made as."""
+    model = build(SwinTransformerV2).eval()
+    model.set_window_size((3, 2), img_size=(24, 20))
+    model.head.fc = nn.Linear(32, 9)
+    assert_same_model(randomise(model), tmp_path / "swin")
+    again = create_model(checkpoint=tmp_path / "swin")
+    assert again.layers[0].blocks[0].attn.pretrained_window_size == [4, 4]
+    assert (again.img_size, again.num_classes) == ([24, 20], 9)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_published_arguments(name):
+    """Read off a model, they are those that it was published with."""
+    with torch.device("meta"):
+        model = create_model(name)
+        found = arguments(model)
+        again = type(model)(**found)
+    assert difference(model, again) is None
+    for key, value in MODELS[name][1].items():
+        if key in ("img_size", "window_size"):
+            assert found[key] == [value, value]
+        elif key == "pretrained_window_sizes":
+            assert found[key] == [[window, window] for window in value]
+        else:
+            assert found[key] == (pytest.approx(value) if isinstance(value, float) else list_or_number(value))
+
+
+def list_or_number(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_saved_files(tmp_path):
+    """For people and other programs: JSON, and safetensors that name PyTorch, with permissions as any file's."""
+    model = build().half()
+    save_checkpoint(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {
+        "library": "swinops",
+        "class": "SwinTransformer",
+        "arguments": arguments(model),
+        "dtype": "float16",
+    }
+    with pytest.importorskip("safetensors").safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert set(file.keys()) == set(model.state_dict())
+    (tmp_path / "other").touch()
+    for name in ("config.json", "model.safetensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+def test_shared_and_strided_parameters(tmp_path):
+    model = build()
+    block = model.layers[0].blocks[0]
+    block.norm1.weight = block.norm2.weight
+    block.attn.proj.weight = nn.Parameter(block.attn.proj.weight.detach().t())
+    save_checkpoint(model, tmp_path)
+    assert_same(create_model(checkpoint=tmp_path).state_dict(), model.state_dict())
+
+
+def test_saved_again(tmp_path):
+    """Into the same folder, with another model, and beside other files."""
+    path = tmp_path / "runs" / "swin"
+    save_checkpoint(build(), path)
+    (path / "notes.txt").write_text("notes")
+    model = build(SwinTransformerV2, seed=1)
+    save_checkpoint(model, str(path))
+    assert_same(create_model(checkpoint=str(path)).state_dict(), model.state_dict())
+    assert sorted(os.listdir(path)) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_create_model_from_a_folder(tmp_path):
+    model = build()
+    save_checkpoint(model, tmp_path)
+    with pytest.raises(ValueError, match=r"head\.fc\.weight must be \[7, 32\], got \[5, 32\].*skip_head=True"):
+        create_model(checkpoint=tmp_path, num_classes=7)
+    other = create_model(checkpoint=tmp_path, num_classes=7, skip_head=True, drop_path_rate=None, window_size=2)
+    assert other.head.fc.out_features == 7 and other.layers[0].blocks[0].attn.window_size == [2, 2]
+    assert torch.equal(other.norm.weight, model.norm.weight)
+    with pytest.raises(ValueError, match=r"name must be one of swinops\.list_models\(\), got None"):
+        create_model()
+
+
+def test_files_of_others_are_not_overwritten(tmp_path):
+    """Not a file, not Transformers' folder, and nothing that merely has such a name."""
+    model = build()
+    for path in (tmp_path / "file", tmp_path / "config" / "config.json", tmp_path / "model" / "model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"model_type": "swin"}')
+        before = path.read_bytes()
+        folder = path if path.name == "file" else path.parent
+        why = "is a file$" if path.name == "file" else rf"holds a {re.escape(path.name)} that is not its$"
+        with pytest.raises(ValueError, match=rf"path must be a new folder or one of save_checkpoint, and .*{why}"):
+            save_checkpoint(model, folder)
+        assert path.read_bytes() == before
+        assert folder == path or os.listdir(folder) == [path.name]
+    for suffix in (".safetensors", ".pth"):
+        with pytest.raises(ValueError, match=r"is named like a file$"):
+            save_checkpoint(model, tmp_path / f"swin{suffix}")
+    assert sorted(os.listdir(tmp_path)) == ["config", "file", "model"]
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("step", ["parameters", "disk", "first name"])
+def test_failing_to_write_changes_nothing(step, exists, tmp_path, monkeypatch):
+    path = tmp_path / "swin"
+    if exists:
+        save_checkpoint(build(), path)
+        (path / "notes.txt").write_text("notes")
+    before = contents(path) if exists else None
+
+    def full(*args, **options):
+        if step == "parameters":
+            Path(args[1]).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    owner, name = {
+        "parameters": (pytest.importorskip("safetensors.torch"), "save_file"),
+        "disk": (saving, "flush"),
+        "first name": (os, "replace"),
+    }[step]
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(build(seed=1), path)
+    assert (contents(path) if path.exists() else None) == before
+
+
+def test_stopped_between_the_two_names(tmp_path, monkeypatch):
+    """A new config.json beside old parameters: seen when the model is made, and healed by the next writing."""
+    old, new = build(), build(seed=1, pad_order="roll_pad")
+    save_checkpoint(old, tmp_path)
+    replace = os.replace
+
+    def once(source, target):
+        monkeypatch.setattr(os, "replace", stop)
+        replace(source, target)
+
+    def stop(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(new, tmp_path)
+    monkeypatch.setattr(os, "replace", replace)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    with pytest.raises(ValueError, match=r"config\.json must be as it was saved with model\.safetensors, and is not"):
+        create_model(checkpoint=tmp_path)
+    assert_same(load_checkpoint(build(seed=2), tmp_path).state_dict(), old.state_dict())
+    save_checkpoint(new, tmp_path)
+    assert_same(create_model(checkpoint=tmp_path).state_dict(), new.state_dict())
+
+
+class Scaled(nn.Linear):
+    """Looks like a projection, and computes something else."""
+
+
+CHANGES = {
+    "a module": lambda model: setattr(model.layers[0].blocks[1].mlp, "fc1", Scaled(16, 64)),
+    "a setting": lambda model: setattr(model.layers[1].blocks[1].attn, "shift_size", [1, 1]),
+    "an epsilon": lambda model: setattr(model.norm, "eps", 1e-6),
+    "a rate": lambda model: setattr(model.layers[0].blocks[1].drop_path, "rate", 0.25),
+    "a module more": lambda model: model.add_module("neck", nn.Linear(2, 2)),
+    "no bias": lambda model: setattr(model.head, "fc", nn.Linear(32, 5, bias=False)),
+    "depths": lambda model: model.layers[0].blocks.append(nn.Identity()),
+    "no blocks": lambda model: setattr(model, "layers", nn.ModuleList([nn.Identity()])),
+    "a type": lambda model: setattr(model.norm, "weight", nn.Parameter(torch.ones(32, device="meta"))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_models_that_arguments_cannot_tell(change, tmp_path):
+    model = build()
+    CHANGES[change](model)
+    with pytest.raises(ValueError, match=r"^model must be as its class makes it from arguments, and "):
+        save_checkpoint(model, tmp_path / "swin")
+    assert not os.listdir(tmp_path)
+
+
+def test_arguments_of_save_checkpoint(tmp_path, monkeypatch):
+    class Subclass(SwinTransformer):
+        pass
+
+    for model in (nn.Linear(2, 2), build(Subclass), build(timm_class(1)), {}):
+        with pytest.raises(TypeError, match=rf"SwinTransformerV2 of swinops, got {type(model).__name__}$"):
+            save_checkpoint(model, tmp_path / "swin")
+    with pytest.raises(TypeError, match="path must be a path, got int"):
+        save_checkpoint(build(), 3)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="save_checkpoint needs the package safetensors"):
+        save_checkpoint(build(), tmp_path / "swin")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("change, why", [
+    ("", r"config\.json must be JSON, and is not"),
+    ("[1]", r"config\.json must be save_checkpoint's, and is not: name the model"),
+    ({"library": "transformers"}, r"config\.json must be save_checkpoint's, and is not: name the model"),
+    ({"arguments": None}, "must have class, arguments and dtype, and lacks arguments$"),
+    ({"class": "os.system"}, r"must name a model and a dtype that are known, got os\.system, float32$"),
+    ({"dtype": "load"}, r"must name a model and a dtype that are known, got SwinTransformer, load$"),
+    ({"arguments": {"embed_dim": "large"}}, "must have arguments that make a SwinTransformer: "),
+    ({"arguments": {"window_size": 0}}, "must have arguments that make a SwinTransformer: "),
+    ({"arguments": {"depth": 2, "code": "1"}}, "must have arguments of SwinTransformer alone, got code, depth$"),
+], ids=str)  # fmt: skip
+def test_damaged_configuration(change, why, tmp_path):
+    save_checkpoint(build(), tmp_path)
+    path, parameters = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config = json.loads(path.read_text())
+    path.write_text(change if isinstance(change, str) else json.dumps(config | change))
+    # without what save_checkpoint notes in it
+    save(load_file(parameters), parameters)
+    with pytest.raises(ValueError, match=why):
+        create_model(checkpoint=tmp_path)
+
+
+def load_file(path):
+    return pytest.importorskip("safetensors.torch").load_file(path)
+
+
+def test_no_configuration(tmp_path):
+    path = save(build().state_dict(), tmp_path / "model.safetensors")
+    for checkpoint in (tmp_path, path, tmp_path / "nothing"):
+        with pytest.raises(
+            FileNotFoundError, match=r"must be a folder of save_checkpoint, and there is no .*config\.json$"
+        ):
+            create_model(checkpoint=checkpoint)
+    assert_same(load_checkpoint(build(seed=1), tmp_path).state_dict(), build().state_dict())
+
+
+def test_damaged_parameters(tmp_path):
+    save_checkpoint(build(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-99])
+    model = build(seed=1)
+    with unchanged(model), pytest.raises(ValueError, match=r"model\.safetensors must be a checkpoint, and is no whole"):
+        load_checkpoint(model, tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a checkpoint, and is no whole"):
+        create_model(checkpoint=tmp_path)

@@ -1,5 +1,6 @@
-"""Parameters from files: this package's, timm's, Microsoft's, torchvision's and Transformers'."""
+"""Parameters to files, and from those of this package, timm, Microsoft, torchvision, Transformers and OpenMMLab."""
 
 from swinops.checkpoints.loading import load_checkpoint
+from swinops.checkpoints.saving import save_checkpoint
 
-__all__ = ["load_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint"]

@@ -1,13 +1,23 @@
-"""microsoft/Swin-Transformer, and older versions of timm, which had its names."""
+"""microsoft/Swin-Transformer, its SimMIM and detection code, and older versions of timm, which had its names."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
+BLOCK = r"layers\.\d+\.blocks\.\d+\.(norm1|attn|norm2|mlp)\."
+MARKS = ("layers.0.downsample.", "head.weight", "head.bias")  # what timm has elsewhere
+
+
+def names_blocks(state: Mapping[str, Tensor]) -> bool:
+    return any(re.match(BLOCK, name) for name in state)
+
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    return "head.weight" in state or any(name.startswith("layers.0.downsample.") for name in state)
+    if any(name.startswith(MARKS) for name in state):
+        return names_blocks(state)
+    # a single stage without a head has the same names here and in timm
+    return names_blocks(state) and not any(name.startswith("head.") or ".downsample." in name for name in state)
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ def resize(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     own, resized = model.state_dict(), dict(state)
     counts: Counter[str] = Counter()
     for name, x in state.items():
+        if name.endswith(POSITIONS) and x.dim() == 4:
+            x = resized[name] = x.flatten(2).transpose(1, 2)  # detection models keep an image [1, C, h, w]
         side = square_side(name, x)
         # what has the model's shape is for its window, square or not
         if side is None or name not in own or x.shape == own[name].shape:

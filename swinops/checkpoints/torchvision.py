@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+BLOCK = r"features\.\d+\.\d+\.(norm1|attn|norm2|mlp)\."
 NAMES = {
     r"^features\.0\.0\.": "patch_embed.proj.",
     r"^features\.0\.2\.": "patch_embed.norm.",
@@ -15,14 +16,14 @@ NAMES = {
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith("features.") for name in state)
+    return any(re.match(BLOCK, name) for name in state)
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """To this package's names. A key's bias, which SwinV2 ignores, is left out."""
+    """To this package's names. A key's bias, which SwinV2 sets to zero when it runs, is left out."""
     converted = {}
     for name, x in state.items():
-        if name.endswith(".qkv.bias") and name.replace("qkv.bias", "logit_scale") in state:
+        if name.endswith(".qkv.bias") and x.dim() == 1 and name.replace("qkv.bias", "logit_scale") in state:
             attn = ours(name).removesuffix("qkv.bias")
             converted[f"{attn}q_bias"], _, converted[f"{attn}v_bias"] = x.tensor_split(3)
         else:

@@ -1,4 +1,4 @@
-"""Transformers' Swin and Swinv2, with or without a classifier; on disk and in memory Swin has different names."""
+"""Transformers' Swin and Swinv2 of every kind. Since version 5 Swin has other names in memory than in its files."""
 
 import re
 from collections.abc import Mapping
@@ -8,10 +8,13 @@ from torch import Tensor
 
 from swinops.checkpoints import microsoft
 
+BLOCK = r"((swin|swinv2)\.)?encoder\.layers\.\d+\.blocks\.\d+\.(attention|layernorm_before|layernorm_after)\."
 NAMES = {
     r"^(swin|swinv2)\.": "",
     r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
     r"^embeddings\.norm\.": "patch_embed.norm.",
+    r"^embeddings\.position_embeddings$": "absolute_pos_embed",
+    r"^embeddings\.mask_token$": "mask_token",
     r"^encoder\.": "",
     r"^layernorm\.": "norm.",
     r"^classifier\.": "head.",
@@ -27,7 +30,7 @@ NAMES = {
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    return any("encoder.layers." in name for name in state)
+    return any(re.match(BLOCK, name) for name in state)
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,7 +40,7 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         found = [converted[part] for part in parts if part in converted]
         # what does not belong together stays apart, and is then reported as unexpected
-        if len(found) == 3 and len({(x.shape, x.device) for x in found}) == 1:
+        if len(found) == 3 and len({(x.shape, x.device) for x in found}) == 1 and found[0].dim():
             converted[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(found)
             for part in parts:
                 del converted[part]
@@ -47,4 +50,6 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def ours(name: str) -> str:
     for theirs, new in NAMES.items():
         name = re.sub(theirs, new, name)
+    # backbones number the norms of their maps from one
+    name = re.sub(r"^hidden_states_norms\.stage(\d+)\.", lambda match: f"norm{int(match[1]) - 1}.", name)
     return microsoft.ours(name)

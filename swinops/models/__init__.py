@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from swinops.checkpoints import load_checkpoint
+from swinops.checkpoints import configuration, load_checkpoint
 from swinops.models import swin, swinv2
 from swinops.models.swin import SwinTransformer
 from swinops.models.swinv2 import SwinTransformerV2
@@ -22,30 +22,41 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 def create_model(
-    name: str, *, checkpoint: str | os.PathLike[str] | None = None, skip_head: bool = False, **options: Any
+    name: str | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    skip_head: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A model by its name, with its published settings and random parameters, or those of a file.
 
     Args:
-        name: One of ``list_models()``.
-        checkpoint: A file of Microsoft's, timm's, torchvision's, Transformers' or this package's (.pth, .pt, .bin or
-            .safetensors); nothing is downloaded. See ``load_checkpoint``.
+        name: One of ``list_models()``; None for the model that ``save_checkpoint`` wrote to the folder ``checkpoint``,
+            with its settings.
+        checkpoint: A file or folder of Microsoft's, timm's, torchvision's, Transformers', OpenMMLab's or this package's
+            (.pth, .pt, .bin or .safetensors); nothing is downloaded. See ``load_checkpoint``.
         skip_head: Leave the head as it is: for a checkpoint with other classes.
-        options: Settings that differ from the published ones, such as ``num_classes``, ``img_size``, ``window_size``,
-            ``features_only`` or ``drop_path_rate``: the arguments of the model's class. None means as published.
+        options: Settings that differ from the published or the saved ones, such as ``num_classes``, ``img_size``,
+            ``window_size``, ``features_only`` or ``drop_path_rate``: the arguments of the model's class. None changes
+            nothing.
 
     Raises:
         ValueError: There is no such model, the checkpoint does not fit it, or ``skip_head`` has no checkpoint.
         TypeError: The model has no such setting.
     """
-    if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=3)
-        hint = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(MODELS)}"
-        raise ValueError(f"name must be one of swinops.list_models(), got {name!r}: {hint}")
     if skip_head and checkpoint is None:
         raise ValueError("skip_head must be False without a checkpoint, got True")
-    cls, published = MODELS[name]
-    model = cls(**published | {key: value for key, value in options.items() if value is not None})
+    options = {key: value for key, value in options.items() if value is not None}
+    if name is None and checkpoint is not None:
+        classes = {cls.__name__: cls for cls, _ in MODELS.values()}
+        model = configuration.make(os.fsdecode(checkpoint), classes, options)
+    elif name in MODELS:
+        cls, published = MODELS[name]
+        model = cls(**published | options)
+    else:
+        close = difflib.get_close_matches(str(name), MODELS, n=3)
+        hint = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(MODELS)}"
+        raise ValueError(f"name must be one of swinops.list_models(), got {name!r}: {hint}")
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, skip_head=skip_head)
     return model
