@@ -573,7 +573,7 @@ def vendored(monkeypatch, tmp_path):
     def vendored(family, old="", new=""):
         source = Path(family.load().__file__).read_text().partition("\ndef checkpoint_filter_fn")[0]
         assert old in source
-        theirs = f"theirs_{family.name}{bool(new)}"
+        theirs = f"theirs_of_{tmp_path.name}"  # modules stay imported from test to test
         (tmp_path / theirs).mkdir()
         path = tmp_path / theirs / f"{family.module}.py"
         path.write_text(source.replace(old, new).replace("from .", "from timm.models."))
@@ -606,6 +606,17 @@ def test_changed_copy(family, vendored):
     rows = swinops.explain(vendored(family, old, new))
     assert {row.action for row in rows} == {"leave"}
     assert {row.reason.partition(" than")[0] for row in rows} == {f"its {family.seam} computes something else"}
+
+
+@one_family
+def test_copy_with_a_new_option(family, vendored):
+    """What small blocks do not run is seen by its names."""
+    model = vendored(family, "q = q * self.scale", "q = (q * self.scale).detach() if self.frozen else q * self.scale")
+    for module in model.modules():
+        module.frozen = False
+    assert {row.reason for row in swinops.explain(model)} == {
+        "its attn.forward uses detach, frozen, unlike that of timm's SwinTransformerBlock"
+    }
 
 
 class TestArguments:
@@ -667,6 +678,14 @@ class TestCheck:
         assert all(row.patched < 1e-12 for row in report.rows[:3])
         assert report.ran[1].startswith("float32: 4 modules ran the reference, because the model is on cpu")
         assert "ok" in str(report) and "WRONG" not in str(report)
+
+    @one_family
+    def test_compares_the_patched_model_itself(self, family):
+        """A module that was changed after patch, in a way that patch would have refused."""
+        model = swinops.patch(build(family), "reference")
+        block(model).attn.relative_position_index = block(model).attn.relative_position_index.flip(0)
+        assert not swinops.check(model, image(), "reference").ok
+        assert swinops.check(swinops.unpatch(model), image(), "reference").ok
 
     def test_leaves_the_model_as_it_was(self, family):
         model = swinops.patch(build(family, drop_path_rate=0.3)).train()

@@ -49,7 +49,7 @@ class TestOptions:
             with swinops.patched(model, "reference"):
                 actual = results(model, x)
             assert_same(actual, model, x)
-        assert calls == {"window_attention": 8}
+        assert calls["window_attention"] == 8
 
     @pytest.mark.parametrize("options", [{"drop_path_rate": 0.5}, {"drop_rate": 1.0}], ids=str)
     def test_dropout_outside_of_the_attention(self, options, calls):
@@ -61,7 +61,7 @@ class TestOptions:
         assert not torch.allclose(dropped, expected)
         torch.manual_seed(0)
         assert torch.allclose(swinops.patch(model, "reference").train()(x), dropped, rtol=1e-10, atol=1e-10)
-        assert calls == {"window_attention": 4}
+        assert calls["window_attention"] == 4
 
     def test_a_backbone_whose_eval_returns_nothing(self):
         class Flat(swin_transformer.SwinTransformer):
@@ -95,7 +95,7 @@ class TestMask:
         expected = model(x)
         with pytest.warns(UserWarning, match="attn has hooks"):
             actual = swinops.patch(model, "reference")(x)
-        assert close(actual, expected) and calls == {"window_attention": 3}
+        assert close(actual, expected) and calls["window_attention"] == 3
         assert torch.equal(*seen)
 
     @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -111,7 +111,7 @@ class TestMask:
             assert close(plain(x, mask), plain.library_forward(x, mask))
         reasons = {"auto": "runs kernels on CUDA only", "reference": "handed its block a mask, which may be any"}
         assert len(caught) == 1 and reasons[backend] in str(caught[0].message)
-        assert calls == {"window_attention": int(backend == "reference")}
+        assert calls["window_attention"] == int(backend == "reference")
 
     def test_of_a_layer_that_was_left(self, calls):
         model, x = build(), image(2, SIZES[0])
@@ -122,7 +122,7 @@ class TestMask:
             swinops.patch(model, "reference")
         with pytest.warns(UserWarning, match="handed its block a mask"):
             assert close(model(x), expected)
-        assert calls == {"window_attention": 3}
+        assert calls["window_attention"] == 3
 
     def test_where_a_block_was_left(self, calls):
         """The layer makes it, and the block that remains unshifted runs the op."""
@@ -133,7 +133,7 @@ class TestMask:
         with pytest.warns(UserWarning, match="left 1 of 6"):
             swinops.patch(model, "reference")
         assert close(model(x), expected)
-        assert calls == {"window_attention": 3}
+        assert calls["window_attention"] == 3
 
 
 class TestSizes:
@@ -171,7 +171,7 @@ class TestCheckpoint:
         with torch.no_grad():
             calls["window_attention"] = 0
             model(x)
-        assert calls == {"window_attention": 4}
+        assert calls["window_attention"] == 4
 
 
 BLOCK_SUM, LAYER_MASK = "x = x + self.drop_path(", "masked_fill(different, -100.0)"
@@ -193,7 +193,7 @@ CHANGES = {
     "fewer blocks": ("for block in self.blocks:", "for block in self.blocks[1:]:", LAYERS, "its mask is not"),
     "blocks by number": (
         "for block in self.blocks:", "for block in (self.blocks[0], self.blocks[1]):", LAYERS,
-        "it does not run on a small image (IndexError: ",
+        "its mask is not",
     ),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import swinops
 from swinops.dropin import swap
@@ -226,6 +227,18 @@ class TestState:
         with pytest.raises(RuntimeError, match="no second derivative"):
             dx.sum().backward()
 
+    def test_forward_mode(self, case, calls):
+        """The library's own forward has the derivative that the op would take for zero."""
+        model, x = case.model(), case.x()
+        with sdpa_kernel(SDPBackend.MATH):  # others have no such derivative
+            expected = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+            swinops.patch(model, "reference")
+            with pytest.warns(UserWarning, match=r"torch\.func and forward-mode derivatives"):
+                actual = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+            assert all(map(torch.equal, actual, expected)) and not calls[case.op]
+            dx = torch.func.grad(lambda x: model(x).sum())(x)
+            assert close(dx, torch.autograd.grad(model(x.requires_grad_()).sum(), x)[0])
+
     def test_inference_mode(self, case, calls):
         model, x = case.model(), case.x()
         with torch.inference_mode():
@@ -273,6 +286,46 @@ class TestOwnForward:
             hook.remove()
             model(x)
             assert calls[case.op] == 2 * len(case.replaced) - 1
+
+    def test_forward_replaced_on_what_is_bypassed(self, case, calls):
+        """As accelerate does to add its hooks."""
+        for path in case.bypassed:
+            model, x, seen = case.model(), case.x(), []
+            module = case.module(model).get_submodule(path)
+            forward = module.forward
+            swinops.patch(model, "reference")
+            module.forward = lambda *args, seen=seen, forward=forward, **kwargs: (
+                seen.append(1),
+                forward(*args, **kwargs),
+            )[1]
+            calls[case.op] = 0
+            with pytest.warns(UserWarning, match=f"the forward of {path} was replaced"):
+                model(x)
+            assert len(seen) == 1 and calls[case.op] == len(case.replaced) - 1
+
+    def test_hooks_on_all_modules(self, case, calls):
+        model, x, seen = case.model(), case.x(), []
+        swinops.patch(model, "reference")
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+        try:
+            with pytest.warns(UserWarning, match="there are hooks on all modules"):
+                model(x)
+        finally:
+            handle.remove()
+        assert not calls[case.op] and case.module(model) in seen
+        model(x)
+        assert calls[case.op] == len(case.replaced)
+
+    def test_projected_once(self, case, calls):
+        """Pads take a token of zeros, which goes with the others: a projection may count its calls."""
+        model, x, seen = case.model(), case.x(), []
+        for path in case.replaced:
+            projection = model.get_submodule(path).get_submodule(case.projection)
+            projection.register_forward_hook(lambda module, args, out: seen.append(1))
+        model(x)
+        before = len(seen)
+        swinops.patch(model, "reference")(x)
+        assert len(seen) == 2 * before and calls[case.op] == len(case.replaced)
 
     def test_hooks_on_a_projection_run(self, case, calls):
         """As in the library: not those of a projection that is not called."""

@@ -293,6 +293,20 @@ CHANGES = {
     "another shift": ("v1", "torch.roll(y, (-s, -s), (1, 2))", "torch.roll(y, (s, -s), (1, 2))", NUMBERS),
     "no scale": ("v1", "q * self.scale @", "q @", NUMBERS),
     "the mask twice": ("v1", "+ mask.unsqueeze(1)", "+ 2 * mask.unsqueeze(1)", NUMBERS),
+    "without a mask scaled twice": (
+        "v1", "        x = self.attn_drop(self.softmax(scores)) @ v",
+        "        else:\n            scores = scores * self.scale\n        x = self.attn_drop(self.softmax(scores)) @ v",
+        NUMBERS,
+    ),
+    "half where nothing is shifted": (
+        "v1", "        x = x + self.drop_path(y.",
+        "        if s == 0:\n            x = x * 0.5\n        x = x + self.drop_path(y.", NUMBERS,
+    ),
+    "no gradient": (
+        "v1", "    def forward(self, x, mask=None):", "    @torch.no_grad()\n    def forward(self, x, mask=None):",
+        "its attn.forward is decorated with torch.utils._contextlib",
+    ),
+    "a clamp from below": ("v2", "max=math.log(100)", "min=0.0, max=math.log(100)", NUMBERS),
     "no softmax": ("v1", "self.softmax(scores)", "scores", NUMBERS),
     "a bias for other pairs": ("v1", "_index]", "_index.transpose(0, 1)]", NUMBERS),
     "other windows": (
@@ -326,6 +340,15 @@ class TestVendoredCopies:
         with pytest.warns(UserWarning, match="found nothing to replace"):
             swinops.patch(model, "reference")
         assert not any(isinstance(module, swap.Swapped) for module in model.modules())
+
+    def test_what_cannot_be_looked_at(self):
+        """A copy that keeps one number for its window is left, and the rest of the model is not."""
+        model = nn.Sequential(vendored("v1"), vendored("v1"))
+        shifted(model[0]).attn.window_size = 4
+        left = [row.reason for row in swinops.explain(model, "reference") if row.action == "leave"]
+        assert left == ["it cannot be looked at (TypeError: 'int' object is not iterable)"]
+        with pytest.warns(UserWarning, match="left 1 of 4 modules"):
+            swinops.patch(model, "reference")
 
     def test_attention_of_another_copy(self):
         model, other = vendored("v1"), vendored("v1")

@@ -1,11 +1,14 @@
 """What the blocks of every library have in common: when the op stands for their attention, and when it cannot."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from swinops.dropin.swap import Call, Swapped, hooked, no_kernel, warn_once
 from swinops.nn.layer_norm import projection_dtype
@@ -55,6 +58,10 @@ class Block(Swapped):
         for path in (*dict(cls.FORMULA), *cls.BYPASSED):
             if hooked(operator.attrgetter(path)(block)):
                 return f"{path} has hooks, and the op does not call it"
+        if _has_any_global_hook():
+            return "there are hooks on all modules, and the op does not call those that it stands for"
+        if is_transformed():
+            return "torch.func and forward-mode derivatives, which the op does not have"
         if cls.drops(block):
             return "attention dropout in training, which the op does not have"
         if backend != "auto":
@@ -77,6 +84,8 @@ class Block(Swapped):
                 return f"the forward of {path} was replaced"
         for path in cls.BYPASSED:
             module = operator.attrgetter(path)(block)
+            if "forward" in module.__dict__:
+                return f"the forward of {path} was replaced"
             forward = type(module).forward  # not the type itself: torch.export puts one of its own in its place
             if path.endswith("softmax") and (forward is not nn.Softmax.forward or module.dim != -1):
                 return f"{path} is a {type(module).__name__}, not a Softmax over the last axis"
@@ -134,22 +143,21 @@ class Block(Swapped):
         heads = self.attn.num_heads
         bias = self.qkv_bias()
         if torch.jit.is_scripting():
-            zero = bias
+            qkv, zero = self.project(x, bias), bias
         else:
-            zero = self.project_zero(x, bias, window)
+            qkv, zero = self.project_with_zero(x, bias, window)
         pad_kv = None if zero is None else zero.view(3, heads, -1)[1:]
-        qkv = self.project(x, bias).unflatten(-1, [3, heads, -1])
-        out: Tensor = self.attn.proj_drop(self.attn.proj(self.attend(qkv, pad_kv, window, shift).flatten(-2)))
+        attended = self.attend(qkv.unflatten(-1, [3, heads, -1]), pad_kv, window, shift)
+        out: Tensor = self.attn.proj_drop(self.attn.proj(attended.flatten(-2)))
         return out
 
-    def project_zero(self, x: Tensor, bias: Tensor | None, window: list[int]) -> Tensor | None:
-        """What a token of zeros projects to [3 * C]; None for zeros, and where it is known that ``x`` needs no pads."""
-        zero: Tensor | None = None
+    def project_with_zero(self, x: Tensor, bias: Tensor | None, window: list[int]) -> tuple[Tensor, Tensor | None]:
+        """``project``, and what that makes of a token of zeros [3 * C]: None for zeros, and where nothing is padded."""
         if self.knows_zero(self.attn):
-            zero = bias
-        elif isinstance(x, torch.fx.Proxy) or any(x.shape[1 + i] % w != 0 for i, w in enumerate(window)):
-            zero = self.project(x.new_zeros([1] * (len(window) + 1) + [x.shape[-1]]), bias).flatten()
-        return zero
+            return self.project(x, bias), bias
+        if fits_windows(x, window):
+            return self.project(x, bias), None
+        return with_zero(lambda tokens: self.project(tokens, bias), x)
 
     def qkv_bias(self) -> Tensor | None:
         """What ``project`` adds. [3 * C]"""
@@ -219,10 +227,7 @@ class CosineBlock(Block):
 
 
 class NetworkBlock(CosineBlock):
-    """Swin V2 whose network is the paper's: it runs as one op where it is the library's own, else as a module.
-
-    In half precision the op's coordinates are float32, where the libraries have rounded them.
-    """
+    """Swin V2 whose network is the paper's: it runs as one op where it is the library's own, else as a module."""
 
     __constants__: ClassVar[tuple[str, ...]] = ("plain_network",)
     __jit_unused_properties__: ClassVar[tuple[str, ...]] = ("plain_network",)
@@ -281,15 +286,23 @@ class NetworkBlock(CosineBlock):
         return bias
 
 
+def is_transformed() -> bool:
+    """A transform of torch.func is being traced, or a forward-mode derivative is being taken."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def pretrained_window(pretrained: tuple[int, int], window: list[int]) -> list[int]:
     """The window that the published coordinates are relative to."""
     return [pretrained[0], max(pretrained[1], 1)] if pretrained[0] > 0 else window
 
 
 def has_plain_network(network: Any) -> bool:
-    """The position bias is the op's: two plain layers of one dtype.
+    """The position bias is the op's: two plain layers in float32, under autocast too.
 
-    Not in float64: the libraries round the coordinates to float32 even there.
+    Coordinates are float32 in the op. The libraries round them to half precision where the whole model is, which
+    opens and shuts other units of the network, and to float32 even in float64.
     """
     if type(network) is not nn.Sequential or len(network) != 3 or hooked(network) or "forward" in network.__dict__:
         return False
@@ -298,8 +311,23 @@ def has_plain_network(network: Any) -> bool:
         return False
     if type(relu) is not nn.ReLU or hooked(relu):
         return False
-    dtypes = {parameter(first, "weight").dtype, parameter(first, "bias").dtype, parameter(last, "weight").dtype}
-    return len(dtypes) == 1 and torch.float64 not in dtypes
+    tensors = [parameter(first, "weight"), parameter(first, "bias"), parameter(last, "weight")]
+    # a tensor may stand for another, as torchao's do, which the op cannot read
+    return all(x.dtype == torch.float32 and not is_traceable_wrapper_subclass(x) for x in tensors)
+
+
+def fits_windows(x: Tensor, window: Sequence[int]) -> bool:
+    """It is known that the image ``x`` [B, *space, C] needs no pads."""
+    return not isinstance(x, torch.fx.Proxy) and all(x.shape[1 + i] % w == 0 for i, w in enumerate(window))
+
+
+def with_zero(project: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``project`` of an image, and of a token of zeros. [B, *space, C] -> [B, *space, D] and [D]
+
+    In one call: what is in a projection's place may have a state, or draw random numbers.
+    """
+    tokens = project(torch.cat([x.flatten(0, -2), x.new_zeros(1, x.shape[-1])]))
+    return tokens[:-1].unflatten(0, x.shape[:-1]), tokens[-1]
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:

@@ -21,8 +21,9 @@ class Comparison:
     """The largest errors among the outputs, the gradient of the input, or the gradients of the parameters.
 
     An error is the largest difference from the unpatched model in float64, relative to the tensor's largest value.
-    ``patched`` is that of ``tensor``, the worst one; ``original`` is the unpatched model's in the same dtype. Where
-    that is not finite (Swin V2 with pads in float16), it is enough that ``patched`` is.
+    ``patched`` is that of ``tensor``, the worst one; ``original`` is the unpatched model's in the same dtype, the worst
+    of three: for this input, and for two that are off by the last bit. Where that is not finite (Swin V2 with pads in
+    float16), it is enough that ``patched`` is.
     """
 
     dtype: torch.dtype
@@ -65,9 +66,8 @@ def check(model: nn.Module, x: Tensor, backend: str = "auto") -> Report:
 
     The truth is the unpatched model in float64, where no kernel computes: the patched model runs the reference there,
     which shows that the op is this model's formula (padding, shift, mask, bias), down to rounding. In the model's own
-    dtype the patched model runs ``backend``, and may err three times as much as the unpatched one does in that dtype:
-    of two roundings, the larger is often twice the other. Where no kernel runs here, "auto" means the reference there
-    too, and the report says so.
+    dtype the patched model runs ``backend``, and may err twice as much as the unpatched one does in that dtype. Where
+    no kernel runs here, "auto" means the reference there too, and the report says so.
 
     Copies of the model are compared, in evaluation mode: ``model``, ``x`` and the random state stay as they are.
 
@@ -86,34 +86,48 @@ def check(model: nn.Module, x: Tensor, backend: str = "auto") -> Report:
     rows, ran = [], []
     exact = run(model, x, torch.float64, None)[0]
     for case, chosen in [(torch.float64, "reference")] + [(dtype, backend)] * (dtype != torch.float64):
-        plain = exact if case == torch.float64 else run(model, x, case, None)[0]
+        plain = [exact] if case == torch.float64 else [run(model, near, case, None)[0] for near in neighbours(x)]
         actual, what = run(model, x, case, chosen)
         ran.append(f"{str(case).removeprefix('torch.')}: {what}")
         for quantity in exact:
-            rows.append(compare(case, quantity, actual[quantity], plain[quantity], exact[quantity]))
+            originals = [results[quantity] for results in plain]
+            rows.append(compare(case, quantity, actual[quantity], originals, exact[quantity]))
     return Report(rows, ran)
 
 
+def neighbours(x: Tensor) -> Iterator[Tensor]:
+    """``x``, and twice with a last bit up or down: the largest error of one run alone is a matter of luck."""
+    yield x
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        up = torch.randint(2, x.shape, generator=generator).to(x.device)
+        yield torch.where(up == 1, x * (1 + torch.finfo(x.dtype).eps), x * (1 - torch.finfo(x.dtype).eps))
+
+
 def compare(
-    dtype: torch.dtype, quantity: str, actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+    dtype: torch.dtype,
+    quantity: str,
+    actual: dict[str, Tensor],
+    originals: list[dict[str, Tensor]],
+    exact: dict[str, Tensor],
 ) -> Comparison:
     sizes = {name: largest(x) for name, x in exact.items()}
     top = max(sizes.values(), default=0.0) or 1.0
     # a gradient that is nothing but rounding, as that of a bias which softmax takes out, has no relative error; and in
     # fewer digits than float64 that of a small one, as of Swin V2's two or three logit_scale, is a matter of luck
-    small = 1e-6 if dtype == torch.float64 else 1e-3
+    small = 1e-6 if dtype == torch.float64 else 1e-2
     sizes = {name: max(size, small * top) if size > 1e-9 * top else top for name, size in sizes.items()}
 
     def errors(of: dict[str, Tensor]) -> dict[str, float]:
         found = {name: largest(of[name].double() - x) / sizes[name] for name, x in exact.items()}
         return {name: float("inf") if math.isnan(error) else error for name, error in found.items()}
 
-    patched, original = errors(actual), errors(plain)
+    patched = errors(actual)
     worst = max(patched, key=patched.__getitem__)
-    error = max(original.values())
+    error = max(max(errors(original).values()) for original in originals)
     # in float64 the two differ by rounding, and by constants that some libraries keep in float32 even there: ln 100,
     # which cosines are multiplied by the exponential of, is off by 2^-24 of 4.6; a wrong formula differs by far more
-    allowed = 2.0**-15 if dtype == torch.float64 else 3 * error + torch.finfo(dtype).eps
+    allowed = 2.0**-15 if dtype == torch.float64 else 2 * error + torch.finfo(dtype).eps
     return Comparison(dtype, quantity, worst, patched[worst], error, allowed)
 
 
@@ -123,7 +137,9 @@ def largest(x: Tensor) -> float:
 
 def run(model: nn.Module, x: Tensor, dtype: torch.dtype, backend: str | None) -> tuple[Results, str]:
     """Outputs and gradients of a copy of ``model`` in ``dtype``, unpatched if ``backend`` is None; and what it ran."""
-    model = unpatch(copy.deepcopy(model)).to(dtype)
+    model = copy.deepcopy(model).to(dtype)
+    if backend is None:
+        unpatch(model)
     model.eval()  # which some backbones have return None
     model.zero_grad(set_to_none=True)
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}

@@ -47,9 +47,10 @@ class DetectionBlock(ResidualBlock, TableBlock):
 
     @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        block = library(8, 4, window_size=5, shift_size=2)
-        block.H, block.W = 8, 12
-        return [block]
+        blocks = [library(8, 4, window_size=5, shift_size=shift) for shift in (0, 2)]
+        for block in blocks:
+            block.H, block.W = cls.IMAGE
+        return blocks
 
     @classmethod
     def arguments(cls, block: Any, x: Tensor) -> tuple[Any, ...]:

@@ -40,15 +40,16 @@ class MaskingLayer(Swapped):
     @classmethod
     def why_left(cls, layer: Any) -> str | None:
         arguments, attributes, windows = cls.example(layer)
-        twin, block = copy.copy(layer), Probe(torch.cos)
-        vars(twin).update(attributes, _modules={**layer._modules, "blocks": nn.ModuleList([block])})
+        twin, blocks = copy.copy(layer), [Probe(torch.cos), Probe(torch.exp), Probe(torch.tanh)]
+        vars(twin).update(attributes, _modules={**layer._modules, "blocks": nn.ModuleList(blocks)})
         if layer.downsample is not None:
             twin.downsample = Probe(torch.sin)
         try:
             out = twin.forward(*arguments)
         except Exception as error:  # foreign code may raise any
             return f"it does not run on a small image ({type(error).__name__}: {error})"
-        if [mask is None or standard_mask(mask, *windows) for mask in block.seen] != [True]:
+        seen = [mask for block in blocks for mask in block.seen]
+        if len(seen) != len(blocks) or not all(mask is None or standard_mask(mask, *windows) for mask in seen):
             return f"its mask is not {cls.LIBRARY}'s"
         same = as_lists(out) == as_lists(cls.without_mask(twin, *arguments))
         return None if same else f"its forward does not return what {cls.LIBRARY}'s does"

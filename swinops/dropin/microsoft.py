@@ -87,7 +87,7 @@ class MicrosoftBlock(ResidualBlock):
 
     @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        return [library(8, (8, 12), 4, window_size=4, shift_size=2)]
+        return [library(8, cls.IMAGE, 4, window_size=4, shift_size=shift) for shift in (0, 2)]
 
     @classmethod
     def arguments(cls, block: Any, x: Tensor) -> tuple[Any, ...]:
@@ -103,9 +103,9 @@ class MicrosoftBlock(ResidualBlock):
         H, W = size
         return x.dim() != 3 or x.shape[1] != H * W or H % self.window_size != 0 or W % self.window_size != 0
 
-    def project_zero(self, x: Tensor, bias: Tensor | None, window: list[int]) -> Tensor | None:
+    def project_with_zero(self, x: Tensor, bias: Tensor | None, window: list[int]) -> tuple[Tensor, Tensor | None]:
         """Nothing is padded."""
-        return None
+        return self.project(x, bias), None
 
 
 class SwinBlock(MicrosoftBlock, TableBlock):
@@ -177,9 +177,10 @@ class SwinMoeBlock(MicrosoftBlock, TableBlock):
 
     @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        (plain,), (moe,) = super().examples(library), super().examples(library)
-        moe.is_moe, moe.mlp = True, WithLoss(moe.mlp)
-        return [plain, moe]
+        experts = super().examples(library)
+        for block in experts:
+            block.is_moe, block.mlp = True, WithLoss(block.mlp)
+        return [*super().examples(library), *experts]
 
     def compute(self, x: Tensor, size: Sequence[int]) -> Any:
         x = x + self.drop_path(self.image_attn(self.norm1(x), size))

@@ -46,7 +46,7 @@ class ShiftWindowMSA(VendoredBlock):
 
     @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        return [library(8, 4, window, shift_size=2) for window in (5, 12)]
+        return [library(8, 4, window, shift_size=shift) for window, shift in ((5, 0), (5, 2), (12, 2))]
 
     @classmethod
     def arguments(cls, block: Any, x: Tensor) -> tuple[Any, ...]:
@@ -109,8 +109,8 @@ class PretrainMSA(ShiftWindowMSA):
         """With a window of 12 there is only one."""
         window_msa = inspect.unwrap(library.forward).__globals__[dict(cls.FORMULA)["w_msa"]]
         return [
-            library(8, 4, window, shift_size=2, pad_small_map=pads, window_msa=window_msa)
-            for window, pads in ((5, False), (8, False), (8, True), (12, True))
+            library(8, 4, window, shift_size=shift, pad_small_map=pads, window_msa=window_msa)
+            for window, shift, pads in ((5, 0, False), (5, 2, False), (8, 2, False), (8, 2, True), (12, 2, True))
         ]
 
     def too_small(self, H: int, W: int) -> bool:

@@ -54,8 +54,9 @@ class MaskedBlock(VendoredBlock, TableBlock):
 
     @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        """One window covers some axes of the second and the third."""
-        return [library(8, 4, window, (1, 2, 1)) for window in ((2, 4, 3), (6, 4, 4), (3, 3, 5))]
+        """One window covers some axes of the last two."""
+        windows = ((2, 4, 3), (0, 0, 0)), ((2, 4, 3), (1, 2, 1)), ((6, 4, 4), (1, 2, 1)), ((3, 3, 5), (1, 2, 1))
+        return [library(8, 4, window, shift) for window, shift in windows]
 
     @classmethod
     def arguments(cls, block: Any, x: Tensor) -> tuple[Any, ...]:

@@ -133,13 +133,17 @@ def plan(model: nn.Module, backend: str) -> list[tuple[Row, nn.Module, "type[Swa
             reason = state(kind, module, module.swinops_backend)
         elif (entry := swap.recognised(SWAPS, module)) is None:
             continue
-        elif (reason := swap.why_left(*entry, module)) is not None:
+        else:
             kind, action = entry[0], "leave"
+            try:
+                reason = swap.why_left(*entry, module)
+                if reason is None:
+                    reason = state(kind, module, backend)
+                    cls, action = swap.swapped_class(kind, type(module)), "replace"
+            except Exception as error:  # what has the names of a library may hold anything
+                reason = f"it cannot be looked at ({type(error).__name__}: {error})"
             if swap.missing(kind, module) is not None:
                 unlike.append(module)
-        else:
-            kind, action = entry[0], "replace"
-            cls, reason = swap.swapped_class(kind, type(module)), state(kind, module, backend)
         row = Row(path or "(itself)", type(module).__name__, kind.LIBRARY, action, reason)
         found.append((row, module, cls))
         if kind.COMPANION:

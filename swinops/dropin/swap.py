@@ -138,11 +138,23 @@ def why_unknown(module: nn.Module, path: str, arguments: str, names: str) -> str
     if method is None:
         return f"it has no {path}"
     f = inspect.unwrap(method)
+    if (decorator := decorated(method)) is not None:
+        return f"its {path} is decorated with {decorator}"
     taken = list(inspect.signature(f).parameters)[1:]
     if taken != [x.rstrip("?") for x in arguments.split() if not x.endswith("?") or x[:-1] in taken]:
         return f"its {path} takes {', '.join(inspect.signature(f).parameters)}"
     unknown = sorted(names_in(f.__code__) - set(names.split()))
     return f"its {path} uses {', '.join(unknown)}" if unknown else None
+
+
+def decorated(f: Any) -> str | None:
+    """A function that is around a method of a copy, as ``torch.no_grad()`` would be; not one that a library adds."""
+    while hasattr(f, "__wrapped__"):
+        home = f.__globals__["__name__"]
+        if home.partition(".")[0] not in PACKAGES:
+            return str(home)
+        f = f.__wrapped__
+    return None
 
 
 def names_in(code: types.CodeType) -> set[str]:

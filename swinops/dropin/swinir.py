@@ -31,7 +31,10 @@ class AnySizeBlock(MicrosoftBlock):
 
     @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        return [library(8, size, 4, window_size=4, shift_size=2) for size in ((8, 12), (8, 8))]
+        return [
+            library(8, size, 4, window_size=4, shift_size=shift)
+            for size, shift in ((cls.IMAGE, 0), (cls.IMAGE, 2), ((8, 8), 2))
+        ]
 
     @classmethod
     def arguments(cls, block: Any, x: Tensor) -> tuple[Any, ...]:

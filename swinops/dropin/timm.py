@@ -13,6 +13,15 @@ from swinops.dropin.block import TableBlock, standard_mask
 from swinops.dropin.swap import Swapped
 from swinops.dropin.vendored import VendoredBlock
 
+BLOCK = (
+    "any attn attn_mask contiguous dynamic_mask functional get_attn_mask getattr nn pad roll shape shift_size torch "
+    "view window_area window_partition window_reverse window_size"
+)
+ATTENTION = (
+    "attn_drop contiguous expand functional fused_attn nn num_heads p permute proj proj_drop qkv reshape scale shape "
+    "scaled_dot_product_attention softmax torch training transpose unbind unsqueeze view"
+)
+
 
 class TimmBlock(VendoredBlock):
     """A block of timm's; it rolls the image before it pads it."""
@@ -33,18 +42,24 @@ class TimmBlock(VendoredBlock):
     @classmethod
     def why_left(cls, block: Any) -> str | None:
         reason = super().why_left(block)
-        if reason is not None or getattr(block, "dynamic_mask", False):
+        if reason is not None or getattr(block, "dynamic_mask", False) or block.attn_mask is None:
             return reason
-        if block.attn_mask is None:
-            return "it shifts without a mask" if any(block.shift_size) else None
         standard = standard_mask(block.attn_mask, getattr(block, cls.SIZE), block.window_size, block.shift_size)
         return None if standard else "its attn_mask is not timm's"
 
     @classmethod
+    def why_not_plain(cls, block: Any) -> str | None:
+        if block.attn_mask is None and any(block.shift_size) and not getattr(block, "dynamic_mask", False):
+            return "it shifts without a mask"
+        return super().why_not_plain(block)
+
+    @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        """One window covers the height of the second."""
-        options = {cls.SIZE: cls.IMAGE, "shift_size": (2, 2)}
-        return [library(8, num_heads=4, window_size=(window, window), **options) for window in (5, 8)]
+        """One window covers the height of the last."""
+        return [
+            library(8, num_heads=4, window_size=(window, window), shift_size=(shift, shift), **{cls.SIZE: cls.IMAGE})
+            for window, shift in ((5, 0), (5, 2), (8, 2))
+        ]
 
     @classmethod
     def arguments(cls, block: Any, x: Tensor) -> tuple[Any, ...]:
@@ -80,6 +95,15 @@ class SwinBlock(TimmBlock, TableBlock):
         "attn.qkv", "attn.proj", "attn.proj_drop", "attn.attn_drop", "attn.softmax", "attn.scale", "attn.num_heads",
         "attn.relative_position_bias_table",
     )  # fmt: skip
+    COPIED = (
+        ("_attn", "x", BLOCK),
+        ("attn.forward", "x mask", f"{ATTENTION} _get_rel_pos_bias"),
+        (
+            "attn._get_rel_pos_bias",
+            "",
+            "contiguous permute relative_position_bias_table relative_position_index unsqueeze view window_area",
+        ),
+    )
 
 
 class PatchEmbed(Swapped):

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from swinops.dropin.block import CosineBlock, NetworkBlock, plain
 from swinops.dropin.swap import Swapped
-from swinops.dropin.timm import TimmBlock
+from swinops.dropin.timm import ATTENTION, BLOCK, TimmBlock
+
+COSINE = f"{ATTENTION} F clamp exp log logit_scale math normalize"
 
 
 class SwinV2Block(TimmBlock, NetworkBlock):
@@ -26,6 +28,15 @@ class SwinV2Block(TimmBlock, NetworkBlock):
         "attn.proj_drop", "attn.attn_drop", "attn.softmax", "attn.num_heads", "attn.logit_scale", "attn.cpb_mlp",
         "attn.pretrained_window_size", "attn.relative_coords_table", "attn.relative_position_index",
     )  # fmt: skip
+    COPIED = (
+        ("_attn", "x", BLOCK),
+        (
+            "attn.forward",
+            "x mask",
+            f"{COSINE} cat cpb_mlp k_bias linear q_bias qkv_bias_separate relative_coords_table "
+            "relative_position_index sigmoid v_bias weight window_size",
+        ),
+    )
 
     __constants__ = (*TimmBlock.__constants__, *NetworkBlock.__constants__)
     __jit_unused_properties__ = (*TimmBlock.__jit_unused_properties__, *NetworkBlock.__jit_unused_properties__)
@@ -64,6 +75,10 @@ class SwinV2CrBlock(TimmBlock, CosineBlock):
         "attn.meta_mlp", "attn._relative_positional_encodings",
     )  # fmt: skip
     OVERRIDES = ("_shifted_window_attn",)
+    COPIED = (
+        ("_shifted_window_attn", "x", BLOCK),
+        ("attn.forward", "x mask", f"{COSINE} _relative_positional_encodings"),
+    )
     FORMULA = (("attn", "WindowMultiHeadAttention"),)
     BYPASSED = ("attn.attn_drop",)
     SIZE = "feat_size"

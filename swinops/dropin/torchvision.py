@@ -61,9 +61,9 @@ class Attention(VendoredBlock):
 
     @classmethod
     def examples(cls, library: Any) -> list[Any]:
-        """One window covers the first axis of the second."""
+        """One window covers the first axis of the last."""
         axes = len(cls.IMAGE)
-        return [library(8, [window] * axes, [2] * axes, 4) for window in (5, 8)]
+        return [library(8, [window] * axes, [shift] * axes, 4) for window, shift in ((5, 0), (5, 2), (8, 2))]
 
     @classmethod
     def arguments(cls, module: Any, x: Tensor) -> tuple[Any, ...]:
