@@ -1,6 +1,18 @@
 """Every class that ``patch`` replaces, by library."""
 
-from swinops.dropin import detection, microsoft, mm, monai, swinir, timm, timm_maxxvit, timm_v2, torchvision, video_swin
+from swinops.dropin import (
+    detection,
+    microsoft,
+    mm,
+    monai,
+    swinir,
+    timm,
+    timm_maxxvit,
+    timm_v2,
+    torchvision,
+    transformers,
+    video_swin,
+)
 from swinops.dropin.swap import Swapped
 
 SWAPS: tuple[type[Swapped], ...] = (
@@ -13,5 +25,6 @@ SWAPS: tuple[type[Swapped], ...] = (
     *swinir.SWAPS,
     *mm.SWAPS,
     *torchvision.SWAPS,
+    *transformers.SWAPS,
     *monai.SWAPS,
 )
