@@ -1253,6 +1253,7 @@ CHANGES = {
     "no bias": lambda model: setattr(model.head, "fc", nn.Linear(32, 5, bias=False)),
     "depths": lambda model: model.layers[0].blocks.append(nn.Identity()),
     "no blocks": lambda model: setattr(model, "layers", nn.ModuleList([nn.Identity()])),
+    "two dtypes": lambda model: model.norm.double(),
     "a type": lambda model: setattr(model.norm, "weight", nn.Parameter(torch.ones(32, device="meta"))),
 }
 

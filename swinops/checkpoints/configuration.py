@@ -1,6 +1,5 @@
 """What makes a model again: its class and arguments, read off its modules and written as JSON."""
 
-import functools
 import inspect
 import itertools
 import json
@@ -37,12 +36,14 @@ def configuration(model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"{expected}, and cannot be: {error}") from error
     if (name := difference(model, again)) is not None:
         raise ValueError(f"{expected}, and {name or 'it'} is not: it would be lost")
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in parameters))
+    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in parameters})
+    if len(dtypes) > 1:
+        raise ValueError(f"{expected}, and its parameters have {' and '.join(dtypes)}: the difference would be lost")
     return {
         "library": "swinops",
         "class": type(model).__name__,
         "arguments": found,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtypes[0],
     }
 
 
