@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -134,7 +135,8 @@ def test_tf32_needs_a_gpu(capsys):
 
 @needs_bench
 def test_what_is_missing_is_named(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
+    for name in ("timm", "torchvision", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert "needs timm: pip install timm" in failure(capsys, "explain", "-m", SWIN)
     assert "the benchmarks need timm: pip install 'swinops[bench]'" in failure(capsys, "bench", "models")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -215,11 +217,39 @@ def test_explain_where_there_is_nothing_to_replace(name, capsys):
     assert json.loads(capsys.readouterr().out)["modules"] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "library", "classes"),
+    [
+        ("swin_t", "torchvision", {"ShiftedWindowAttention": 12}),
+        ("swin_v2_t", "torchvision", {"ShiftedWindowAttentionV2": 12}),
+        ("swin3d_t", "torchvision", {"ShiftedWindowAttention3d": 12}),
+        ("swin", "transformers", {"SwinLayer": 12}),
+        ("swinv2", "transformers", {"Swinv2Layer": 12}),
+        ("donut-swin", "transformers", {"DonutSwinLayer": 12}),
+    ],
+)
+def test_explain_other_libraries(name, library, classes, capsys):
+    pytest.importorskip(library)
+    assert main(["explain", "-m", name, "--backend", "reference", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["library"].startswith(f"{library} ")
+    assert Counter(row["class_name"] for row in found["modules"] if row["action"] == "replace") == classes
+
+
+def test_explain_a_configuration(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    transformers.SwinConfig(depths=[1, 1], num_heads=[2, 4], embed_dim=16).save_pretrained(tmp_path)
+    assert main(["explain", "-m", str(tmp_path)]) == 0
+    assert "swinops.patch would replace 2 of the" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text("{}")
+    assert "transformers cannot build" in failure(capsys, "explain", "-m", str(tmp_path))
+
+
 def test_explain_an_unknown_name(capsys):
     pytest.importorskip("timm")
     text = failure(capsys, "explain", "-m", "swin_tinny_patch4_window7_224")
     assert "got 'swin_tinny_patch4_window7_224': did you mean swin_tiny_patch4_window7_224" in text
-    assert "timm.list_models() has them all" in failure(capsys, "explain", "-m", "qqqq")
+    assert "timm.list_models() and the like have them all" in failure(capsys, "explain", "-m", "qqqq")
     assert "Invalid pretrained tag (mars)" in failure(capsys, "explain", "-m", f"{SWIN}.mars")
 
 
