@@ -609,6 +609,20 @@ def test_changed_copy(family, vendored):
 
 
 @one_family
+@pytest.mark.parametrize("change", [lambda table: torch.cat([table, table[:1]]), lambda table: table[:, :1]])
+def test_a_table_of_another_shape(family, change, calls):
+    """timm broadcasts one that all heads share, and does not read a last row."""
+    model = build(family)
+    table = block(model).attn.relative_position_bias_table
+    block(model).attn.relative_position_bias_table = nn.Parameter(change(table.detach()))
+    expected = model(image())
+    swinops.patch(model, "reference")
+    with pytest.warns(UserWarning, match="its relative_position_bias_table is "):
+        assert close(model(image()), expected)
+    assert len(calls) == 3
+
+
+@one_family
 def test_copy_with_a_new_option(family, vendored):
     """What small blocks do not run is seen by its names."""
     model = vendored(family, "q = q * self.scale", "q = (q * self.scale).detach() if self.frozen else q * self.scale")

@@ -1,5 +1,6 @@
 """What the blocks of every library have in common: when the op stands for their attention, and when it cannot."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -186,6 +187,15 @@ class TableBlock(Block):
         if isinstance(getattr(cls.attn_of(block), "scale", None), Tensor):
             return f"{cls.ATTN}.scale is a tensor, and the op has no gradient for it"
         return super().why_not_plain(block)
+
+    @classmethod
+    def why_own(cls, block: Any, backend: str) -> str | None:
+        reason = super().why_own(block, backend)
+        table = cls.attn_of(block)._parameters.get("relative_position_bias_table")
+        expected = [math.prod([2 * w - 1 for w in cls.table_window(block)]), cls.heads(block)]
+        if reason is None and table is not None and list(table.shape) != expected:
+            return f"its relative_position_bias_table is {list(table.shape)}, and the op's would be {expected}"
+        return reason
 
     @classmethod
     def calls(cls, block: Any) -> list[Call]:
