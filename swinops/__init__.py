@@ -1,5 +1,6 @@
 """Kernels for shifted-window attention, as differentiable PyTorch ops and drop-in layers."""
 
+from swinops import compat, torchvision
 from swinops.checkpoints import load_checkpoint, save_checkpoint
 from swinops.dropin import check, explain, patch, patched, unpatch
 from swinops.models import create_model, list_models
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "add_layer_norm",
     "check",
+    "compat",
     "continuous_position_bias",
     "cosine_attention",
     "cosine_attention_qkvpacked",
@@ -37,6 +39,7 @@ __all__ = [
     "patched",
     "relative_position_bias",
     "save_checkpoint",
+    "torchvision",
     "unpatch",
     "window_attention",
     "window_attention_qkvpacked",

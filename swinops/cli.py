@@ -40,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     example = "example:\n  swinops explain --model swin_tiny_patch4_window7_224"
     explain_parser = add_command(commands, "explain", summary, example)
     explain_parser.add_argument(
-        "--model", "-m", required=True, metavar="NAME", help="of timm, torchvision, or Transformers (swinv2)"
+        "--model",
+        "-m",
+        required=True,
+        metavar="NAME",
+        help="of timm, torchvision, or Transformers (swinv2, a folder with a config.json, a name on the hub)",
     )
     names = ("auto", *backends.MODULES)
     explain_parser.add_argument("--backend", choices=names, default="auto", help="as in patch (auto)")

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ def build(name: str, device: str) -> tuple[str, nn.Module]:
 
     Args:
         name: As in ``timm.list_models()`` or ``torchvision.models.list_models()``; for Transformers a type of model
-            ("swinv2", with its default configuration), a directory with a config.json, or a repository of the hub.
+            ("swinv2", with its default configuration), a folder with a config.json, or a repository of the hub.
 
     Raises:
         ImportError: None of the libraries can be imported.
@@ -41,11 +42,11 @@ def build(name: str, device: str) -> tuple[str, nn.Module]:
             make = find(library, name)
             if make is not None:
                 return f"{key} {library.__version__}", hollow(make, device)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{key} cannot build {name!r}: {error}") from error
+        except Exception as error:  # other libraries raise any
+            raise ValueError(f"{name!r} is a model that {key} cannot build: {error}") from error
     known = [known for key, library in libraries.items() for known in LIBRARIES[key][1](library)]
     close = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() and the like have them all"
+    hint = f"did you mean {', '.join(close)}?" if close else "each library lists its models"
     where = ", ".join(f"{key} {library.__version__}" for key, library in libraries.items())
     raise ValueError(f"must be the name of a model in {where}, got {name!r}: {hint}")
 
@@ -93,17 +94,24 @@ def find_timm(timm: ModuleType, name: str) -> Make | None:
 
 def find_torchvision(torchvision: ModuleType, name: str) -> Make | None:
     models = importlib.import_module("torchvision.models")
-    return (lambda: models.get_model(name, weights=None)) if name in models.list_models() else None
+    if name not in models.list_models():
+        return None
+    # a detector would download its backbone
+    taken = inspect.signature(models.get_model_builder(name)).parameters
+    return lambda: models.get_model(name, **{key: None for key in ("weights", "weights_backbone") if key in taken})
 
 
 def find_transformers(transformers: ModuleType, name: str) -> Make | None:
     if name in transformers.CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(name)
+    elif name.startswith(("/", "./", "../")) and not (Path(name) / "config.json").is_file():
+        raise ValueError("there is no such folder with a config.json")
     elif "/" in name or (Path(name) / "config.json").is_file():
         config = transformers.AutoConfig.from_pretrained(name)
     else:
         return None
-    return lambda: transformers.AutoModel.from_config(config)
+    cls = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    return lambda: transformers.AutoModel.from_config(config) if cls is None else cls(config)
 
 
 # how to find a model, and the names there are

@@ -246,6 +246,23 @@ def test_timm_file(version, suffix, tmp_path, log):
     assert not log()
 
 
+def test_timm_feature_maps(log):
+    """Whose model of maps has its stages under other names."""
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, out_indices=(0, 1), **options)
+    state = {name: random_tensor(x.shape, seed) for seed, (name, x) in enumerate(theirs.state_dict().items())}
+    assert any(name.startswith("layers_1.blocks.0.attn") for name in state)
+    theirs.load_state_dict(state)
+    model, x = SwinTransformer(features_only=True, **options).eval(), random_tensor((2, 3, 32, 32), 99)
+    load_checkpoint(model, state)
+    with torch.no_grad():
+        maps = zip(model(x), theirs.eval()(x), theirs.double()(x.double()), strict=True)
+        for actual, *timms in maps:
+            assert_accurate(actual, *(y.permute(0, 3, 1, 2) for y in timms), "map")
+    assert not log()
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("version", [1, 2])
 def test_torchvision_file(version, suffix, tmp_path, log):

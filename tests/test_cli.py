@@ -223,6 +223,7 @@ def test_explain_where_there_is_nothing_to_replace(name, capsys):
         ("swin_t", "torchvision", {"ShiftedWindowAttention": 12}),
         ("swin_v2_t", "torchvision", {"ShiftedWindowAttentionV2": 12}),
         ("swin3d_t", "torchvision", {"ShiftedWindowAttention3d": 12}),
+        ("fasterrcnn_resnet50_fpn", "torchvision", {}),
         ("swin", "transformers", {"SwinLayer": 12}),
         ("swinv2", "transformers", {"Swinv2Layer": 12}),
         ("donut-swin", "transformers", {"DonutSwinLayer": 12}),
@@ -238,9 +239,14 @@ def test_explain_other_libraries(name, library, classes, capsys):
 
 def test_explain_a_configuration(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    transformers.SwinConfig(depths=[1, 1], num_heads=[2, 4], embed_dim=16).save_pretrained(tmp_path)
-    assert main(["explain", "-m", str(tmp_path)]) == 0
-    assert "swinops.patch would replace 2 of the" in capsys.readouterr().out
+    config = transformers.SwinConfig(depths=[1, 1], num_heads=[2, 4], embed_dim=16)
+    for architectures, path in ((None, "encoder"), (["SwinForImageClassification"], "swin.encoder")):
+        config.architectures = architectures
+        config.save_pretrained(tmp_path)
+        assert main(["explain", "-m", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert f"\n{path}.layers.0.blocks.0" in out and "swinops.patch would replace 2 of the" in out
+    assert "there is no such folder with a config.json" in failure(capsys, "explain", "-m", str(tmp_path / "none"))
     (tmp_path / "config.json").write_text("{}")
     assert "transformers cannot build" in failure(capsys, "explain", "-m", str(tmp_path))
 
@@ -249,7 +255,7 @@ def test_explain_an_unknown_name(capsys):
     pytest.importorskip("timm")
     text = failure(capsys, "explain", "-m", "swin_tinny_patch4_window7_224")
     assert "got 'swin_tinny_patch4_window7_224': did you mean swin_tiny_patch4_window7_224" in text
-    assert "timm.list_models() and the like have them all" in failure(capsys, "explain", "-m", "qqqq")
+    assert "got 'qqqq': each library lists its models" in failure(capsys, "explain", "-m", "qqqq")
     assert "Invalid pretrained tag (mars)" in failure(capsys, "explain", "-m", f"{SWIN}.mars")
 
 

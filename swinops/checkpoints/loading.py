@@ -76,7 +76,10 @@ def load_checkpoint(
     else:
         raise TypeError(f"checkpoint must be a path or a state dict, got {type(checkpoint).__name__}")
     state, notes = parameters(contents, where)
-    state = {name: x for name, x in state.items() if not name.endswith(BUFFERS)}
+    # timm's models that return maps have their stages under other names
+    state = {
+        re.sub(r"\blayers_(\d+)\.", r"layers.\1.", name): x for name, x in state.items() if not name.endswith(BUFFERS)
+    }
     state, beside = unwrapped(state, where)
     state = last_norm(in_our_names(state, source, where))
     tables = {name: state.pop(name) for name in list(state) if name.endswith(COORDINATES)}
@@ -169,7 +172,8 @@ def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]
         ],
     }
     problems = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
-    if any(name.startswith("head.") for name in missing + misshapen):
+    others = [*missing, *misshapen, *kinds["unexpected"]]
+    if others and all(name.startswith("head.") for name in others):
         problems.append("skip_head=True would leave the model's head as it is")
     if any(mine.is_meta for mine in own.values()):
         problems.append("the model is on the meta device: call model.to_empty(device=...) first")
