@@ -267,12 +267,12 @@ class TestModules:
 
     @every_model
     def test_script_runs_torchvision_where_attention_drops(self, case, calls):
-        model, x = case.model(**case.dropout), case.x()
+        # all of it is dropped: TorchScript need not draw the random numbers that PyTorch does
+        model, x = case.model(**dict.fromkeys(case.dropout, 1.0)), case.x()
         expected = model(x)
-        torch.manual_seed(0)
         dropped = model.train()(x)
+        assert not close(dropped, expected)
         scripted = torch.jit.script(swinops.patch(model, "reference"))
-        torch.manual_seed(0)
         assert close(scripted(x), dropped)
         assert not calls[case.op]
         assert close(scripted.eval()(x), expected)
