@@ -191,11 +191,13 @@ class TableBlock(Block):
     @classmethod
     def why_own(cls, block: Any, backend: str) -> str | None:
         reason = super().why_own(block, backend)
-        table = cls.attn_of(block)._parameters.get("relative_position_bias_table")
+        table = None if reason else cls.attn_of(block)._parameters.get("relative_position_bias_table")
+        if table is None:
+            return reason
         expected = [math.prod([2 * w - 1 for w in cls.table_window(block)]), cls.heads(block)]
-        if reason is None and table is not None and list(table.shape) != expected:
+        if list(table.shape) != expected:
             return f"its relative_position_bias_table is {list(table.shape)}, and the op's would be {expected}"
-        return reason
+        return None
 
     @classmethod
     def calls(cls, block: Any) -> list[Call]:
