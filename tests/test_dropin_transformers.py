@@ -13,9 +13,9 @@ import swinops
 from swinops.dropin import swap, transformers
 from swinops.testing import random_tensor
 
+from .dropin_case import close, gradients, same
 from .dropin_transformers import CASES, LastHiddenState, build, load
-from .test_dropin_libraries import close, gradients, same
-from .timm_swins import count_calls, randomise
+from .timm_swins import randomise
 
 SWIN, DONUT, MASKFORMER, V2, SUPER_RESOLUTION, AUDIO = CASES
 COSINE = V2, SUPER_RESOLUTION
@@ -25,19 +25,6 @@ NEW_LAYOUT = hasattr(load("Swin"), "SwinRelativePositionBias")
 
 def each(*cases):
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-@pytest.fixture(autouse=True)
-def nothing_warned_yet(monkeypatch):
-    monkeypatch.setattr(swap, "warned", set())
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Calls of the reference's attention."""
-    import swinops.reference
-
-    return count_calls(monkeypatch, swinops.reference, ("window_attention", "cosine_attention"))
 
 
 def layers(case, model):
